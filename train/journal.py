@@ -1,0 +1,62 @@
+"""A run's folder: its resolved recipe, what it ran on, and one line of JSON per logged step."""
+
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait.tokenizers.base import write_json
+from plait.train.recipe import Recipe, save_recipe
+
+
+class Journal:
+    """Writes ``recipe.yaml``, ``run.json`` and ``metrics.jsonl`` into ``out``.
+
+    Args:
+        out: the run's folder.
+        recipe: what runs.
+        active: False makes every call do nothing, for all ranks but the first.
+        facts: further entries of ``run.json``, the vocabulary's fingerprint for instance.
+    """
+
+    def __init__(self, out: Path, recipe: Recipe, active: bool = True, **facts: Any) -> None:
+        self.path = out / "metrics.jsonl"
+        self.active = active
+        self.started = time.monotonic()
+        if not active:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, out / "recipe.yaml")
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "plait": version("plait")}
+        write_json(out / "run.json", {"commit": _commit(), "versions": versions, **facts})
+
+    def log(self, step: int, **metrics: float) -> None:
+        """Append one line to ``metrics.jsonl`` and print it."""
+        if not self.active:
+            return
+        seconds = round(time.monotonic() - self.started, 1)
+        rounded = {k: float(f"{v:.6g}") for k, v in metrics.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "seconds": seconds} | rounded) + "\n")
+        print(f"step {step:6d}  {seconds:8.1f} s  " + "  ".join(f"{k} {v:.4g}" for k, v in rounded.items()), flush=True)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``: a resumed run writes them again."""
+        if self.active and self.path.is_file():
+            lines = [line for line in self.path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in lines), "utf-8")
+
+
+def _commit() -> str | None:
+    """The source tree's git commit, None when it is not a checkout."""
+    try:
+        here = Path(__file__).resolve().parent
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
