@@ -69,7 +69,7 @@ class VisualTokenizerRecipe:
         image_size: images are scaled to cover a square of this side and cropped to it.
         batch_size: images per optimizer step.
         steps: optimizer steps.
-        l1, l2: weights of the absolute and the squared error.
+        l1, l2, log_l2: weights of the absolute error, the squared error and the logarithm of each image's squared error.
         flip: mirror half of the images.
         ema: decay of the averaged weights, which are what is evaluated and saved.
         eval_every: steps between evaluations and checkpoints.
@@ -86,6 +86,7 @@ class VisualTokenizerRecipe:
     steps: int = 4000
     l1: float = 0.2
     l2: float = 1.0
+    log_l2: float = 0.0
     flip: bool = True
     ema: float = 0.999
     eval_every: int = 500

@@ -121,8 +121,16 @@ def train_visual(recipe: VisualTokenizerRecipe) -> VisualTokenizer:
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor, recipe: VisualTokenizerRecipe) -> Tensor:
-    """``l1 · |d − p| + l2 · (d − p)²``, averaged over everything."""
-    return recipe.l1 * F.l1_loss(decoded, pixels) + recipe.l2 * F.mse_loss(decoded, pixels)
+    """``l1 · |d − p| + l2 · (d − p)² + log_l2 · log(mean over the image of (d − p)²)``, averaged over the batch.
+
+    The last term is the negative mean PSNR up to scale: it counts a halved error the same on easy and on hard images.
+    """
+    squared = F.mse_loss(decoded, pixels, reduction="none").flatten(1).mean(1)
+    return (
+        recipe.l1 * F.l1_loss(decoded, pixels)
+        + recipe.l2 * squared.mean()
+        + recipe.log_l2 * squared.clamp_min(1e-5).log().mean()
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,63 @@
+"""Find tokenizers by path or shipped name, and load them."""
+
+import importlib.resources
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from plait.errors import PlaitError
+from plait.tokenizers.base import read_json
+
+_CLASSES = {
+    "text": "plait.tokenizers.text:TextTokenizer",
+    "visual": "plait.tokenizers.visual:VisualTokenizer",
+}
+
+
+def find_weights(name: str | Path) -> Path:
+    """A model's or tokenizer's folder: a path if it exists, else a shipped name.
+
+    Raises:
+        PlaitError: neither is there.
+    """
+    if Path(name).exists():
+        return Path(name)
+    shipped = Path(str(importlib.resources.files("plait.weights").joinpath(".")))
+    if str(name) in (names := shipped_names()):
+        return shipped / name
+    raise PlaitError(f"{name}: no such path, and the shipped names are {', '.join(names) or '(none)'}")
+
+
+def shipped_names() -> list[str]:
+    """The bundles and tokenizers that come with the package."""
+    shipped = Path(str(importlib.resources.files("plait.weights").joinpath(".")))
+    return sorted(path.parent.name for path in shipped.glob("*/config.json"))
+
+
+def load_tokenizer(name: str | Path, modality: str | None = None) -> Any:
+    """Load a tokenizer.
+
+    Args:
+        name: a tokenizer's folder, a bundle's folder, or a shipped name.
+        modality: which of a bundle's tokenizers, "image" for instance.
+
+    Returns:
+        A `plait.tokenizers.visual.VisualTokenizer` or `plait.tokenizers.text.TextTokenizer`, on the CPU.
+
+    Raises:
+        PlaitError: not found, damaged, or a bundle without that modality.
+    """
+    folder = find_weights(name)
+    if (folder / "vocabulary.json").is_file():
+        modalities = read_json(folder / "vocabulary.json").get("modalities", {})
+        if modality not in modalities:
+            raise PlaitError(f"{folder}: is a bundle; name one of its modalities: {', '.join(modalities)}")
+        folder = folder / "tokenizers" / str(modalities[modality]["tokenizer"])
+    kind = read_json(folder / "config.json").get("tokenizer")
+    if kind not in _CLASSES:
+        raise PlaitError(f"{folder}/config.json: tokenizer is {kind!r}, this plait knows {', '.join(_CLASSES)}")
+    module, class_name = _CLASSES[str(kind)].split(":")
+    tokenizer = getattr(import_module(module), class_name).from_pretrained(folder)
+    if modality is not None and modality not in tokenizer.modalities:
+        raise PlaitError(f"{folder}: is a {kind} tokenizer, it has no {modality}")
+    return tokenizer

@@ -1,0 +1,155 @@
+"""The unified vocabulary: one id space for text pieces, special tokens, numbers and every codebook.
+
+It is a list of contiguous blocks. Growing it appends blocks; no id ever moves, so token shards (which hold codes, not
+ids) and trained embedding rows keep their meaning.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from plait.errors import PlaitError
+from plait.tokenizers.base import FORMAT_VERSION, Tokenizer, check_format_version, read_json, write_json
+from plait.tokenizers.modalities import MODALITIES
+
+NUMBERS = 1024
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Ids ``start`` to ``start + size − 1``. ``tokens`` names them where they are special tokens."""
+
+    name: str
+    start: int
+    size: int
+    tokens: tuple[str, ...] = ()
+
+    @property
+    def ids(self) -> range:
+        """The block's ids."""
+        return range(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True)
+class ModalityEntry:
+    """Which tokenizer makes a modality's codes, and which block each of its codebooks has."""
+
+    tokenizer: str
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The blocks, the modalities that use them, and the fingerprints of the tokenizers they were built for."""
+
+    blocks: tuple[Block, ...] = ()
+    modalities: Mapping[str, ModalityEntry] = field(default_factory=dict)
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, tokenizers: Mapping[str, Tokenizer], modalities: Iterable[str]) -> Self:
+        """A vocabulary for these tokenizers (by the name of their folder) and modalities."""
+        vocabulary = cls()._with_block("special", tokens=(PAD, BOS, EOS))._with_block("number", NUMBERS)
+        for name in modalities:
+            vocabulary = vocabulary.grow(name, MODALITIES[name].tokenizer, tokenizers[MODALITIES[name].tokenizer])
+        return vocabulary
+
+    def grow(self, modality: str, tokenizer_name: str, tokenizer: Tokenizer) -> Self:
+        """Add a modality: its special tokens, and its tokenizer's codebooks unless another modality brought them."""
+        if modality in self.modalities:
+            raise PlaitError(f"vocabulary: has {modality} already")
+        grown = self._with_block(f"special.{modality}", tokens=MODALITIES[modality].grammar.tokens)
+        names = tuple(f"{tokenizer_name}.{i}" for i in range(len(tokenizer.codebook_sizes)))
+        if tokenizer_name not in self.tokenizers:
+            for name, size in zip(names, tokenizer.codebook_sizes, strict=True):
+                grown = grown._with_block(name, size)
+        elif self.tokenizers[tokenizer_name] != tokenizer.fingerprint:
+            raise PlaitError(f"vocabulary: was built with another {tokenizer_name} tokenizer (fingerprints differ)")
+        return type(self)(
+            grown.blocks,
+            {**self.modalities, modality: ModalityEntry(tokenizer_name, names)},
+            {**self.tokenizers, tokenizer_name: tokenizer.fingerprint},
+        )
+
+    @property
+    def size(self) -> int:
+        """The number of ids."""
+        return self.blocks[-1].start + self.blocks[-1].size if self.blocks else 0
+
+    def block(self, name: str) -> Block:
+        """The block of this name."""
+        return self._by_name[name]
+
+    def special(self, token: str) -> int:
+        """The id of a special token such as ``<bos>`` or ``<image>``."""
+        return self._special[token]
+
+    def describe(self, token_id: int) -> str:
+        """What an id is, for messages: ``<row>``, ``number 8``, ``visual.0 code 17``."""
+        for block in self.blocks:
+            if token_id in block.ids:
+                offset = token_id - block.start
+                return block.tokens[offset] if block.tokens else f"{block.name} {offset}"
+        return f"id {token_id} outside the vocabulary of {self.size}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the whole vocabulary."""
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write ``vocabulary.json``."""
+        write_json(Path(path), {"format_version": FORMAT_VERSION, **self._content()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read ``vocabulary.json``.
+
+        Raises:
+            PlaitError: the file is missing or broken, or its blocks overlap or leave gaps.
+        """
+        path = Path(path)
+        content = read_json(path)
+        check_format_version(content.pop("format_version", None), path)
+        try:
+            vocabulary = cls(
+                tuple(Block(**{**row, "tokens": tuple(row.get("tokens", ()))}) for row in content["blocks"]),
+                {name: ModalityEntry(e["tokenizer"], tuple(e["blocks"])) for name, e in content["modalities"].items()},
+                dict(content["tokenizers"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlaitError(f"{path}: not a vocabulary ({error!r}); restore it from where it came") from None
+        start = 0
+        for block in vocabulary.blocks:
+            if block.start != start or block.size < 1 or (block.tokens and len(block.tokens) != block.size):
+                raise PlaitError(f"{path}: block {block.name!r} overlaps, leaves a gap or is mis-sized; restore the file")
+            start += block.size
+        for name, entry in vocabulary.modalities.items():
+            if unknown := [b for b in entry.blocks if b not in vocabulary._by_name]:
+                raise PlaitError(f"{path}: modality {name!r} uses block {unknown[0]!r}, which is not there; restore the file")
+        return vocabulary
+
+    def _content(self) -> dict[str, Any]:
+        rows = [{k: v for k, v in asdict(block).items() if v != ()} for block in self.blocks]
+        entries = {name: asdict(entry) for name, entry in self.modalities.items()}
+        return {"blocks": rows, "modalities": entries, "tokenizers": dict(self.tokenizers)}
+
+    def _with_block(self, name: str, size: int = 0, tokens: tuple[str, ...] = ()) -> Self:
+        new = tuple(token for token in tokens if token not in self._special)
+        if tokens and not new:
+            return self
+        block = Block(name, self.size, len(new) or size, new)
+        return type(self)((*self.blocks, block), self.modalities, self.tokenizers)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Block]:
+        return {block.name: block for block in self.blocks}
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        return {token: block.start + i for block in self.blocks for i, token in enumerate(block.tokens)}
