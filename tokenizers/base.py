@@ -178,8 +178,13 @@ def tensors_fingerprint(config: dict[str, Any], tensors: dict[str, Tensor]) -> s
     return digest.hexdigest()
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path, tied: tuple[str, ...] = ()) -> None:
     """Load a safetensors file into a module, in the module's own dtype.
+
+    Args:
+        module: what to fill.
+        path: the file.
+        tied: parameters that are another one's alias and are not stored.
 
     Raises:
         PlaitError: the file is missing or broken, or a tensor is missing, extra or of another shape.
@@ -190,23 +195,13 @@ def load_weights(module: nn.Module, path: Path) -> None:
         tensors = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise PlaitError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
-    load_tensors(module, tensors, path)
-
-
-def load_tensors(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Copy named tensors into a module.
-
-    Raises:
-        PlaitError: a tensor is missing, extra or of another shape.
-    """
-    expected = module.state_dict()
+    expected = {name: tensor for name, tensor in module.state_dict().items() if name not in tied}
     for problem, names in (("is missing", set(expected) - set(tensors)), ("is extra", set(tensors) - set(expected))):
         if names:
-            raise PlaitError(f"{where}: tensor {min(names)!r} {problem}; the weights do not belong to this config.json")
+            raise PlaitError(f"{path}: tensor {min(names)!r} {problem}; the weights do not belong to this config.json")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise PlaitError(
-                f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, "
-                f"config.json says {tuple(expected[name].shape)}"
+                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, config.json says {tuple(expected[name].shape)}"
             )
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, strict=not tied)

@@ -61,3 +61,38 @@ def load_tokenizer(name: str | Path, modality: str | None = None) -> Any:
     if modality is not None and modality not in tokenizer.modalities:
         raise PlaitError(f"{folder}: is a {kind} tokenizer, it has no {modality}")
     return tokenizer
+
+
+def load_tokenizers(name: str | Path) -> dict[str, Any]:
+    """Load all tokenizers of a bundle, or of a folder with one subfolder per tokenizer, by subfolder name.
+
+    Raises:
+        PlaitError: not found, damaged, or a folder without tokenizers.
+    """
+    folder = find_weights(name)
+    folder = folder / "tokenizers" if (folder / "tokenizers").is_dir() else folder
+    found = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not found:
+        raise PlaitError(f"{folder}: holds no tokenizers; expected subfolders such as text/ and visual/")
+    return {path.name: load_tokenizer(path) for path in found}
+
+
+def describe_tokenizers(name: str | Path) -> list[dict[str, Any]]:
+    """What `plait tokenizer info` says of a tokenizer, or of each tokenizer of a bundle.
+
+    Raises:
+        PlaitError: not found or damaged.
+    """
+    folder = find_weights(name)
+    single = "tokenizer" in read_json(folder / "config.json") if (folder / "config.json").is_file() else False
+    found = {folder.name: load_tokenizer(folder)} if single else load_tokenizers(folder)
+    return [
+        {
+            "name": key,
+            "kind": tokenizer.kind,
+            "modalities": " ".join(tokenizer.modalities),
+            "codes": " ".join(map(str, tokenizer.codebook_sizes)),
+            "fingerprint": tokenizer.fingerprint[:16],
+        }
+        for key, tokenizer in found.items()
+    ]

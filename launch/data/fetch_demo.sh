@@ -5,7 +5,7 @@
 #
 # writes DIR/train, DIR/heldout and DIR/tiny, each a folder of PNG files with a manifest.jsonl (path, caption, style,
 # concept, category, source, license) that `plait data pack` reads, and DIR/LICENSES.md.
-#   train     90 % of the concepts, with skin tones           for the tokenizers
+#   train     90 % of the concepts                            for the tokenizers
 #   heldout   the other 10 %, never trained on                for evaluation
 #   tiny      350 concepts of train x 3 styles                for the tiny decoder
 # Needs npm and Python with resvg-py (`pip install plait[data]`). PYTHON=... names the interpreter. Running it again

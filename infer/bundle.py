@@ -1,0 +1,125 @@
+"""Bundles: a folder that is a whole model.
+
+``config.json`` (the decoder's architecture and the vocabulary's fingerprint), ``model.safetensors``,
+``vocabulary.json``, ``generation.json`` (sampling settings per target modality) and ``tokenizers/``. No pickle.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from plait.errors import PlaitError
+from plait.model.config import DecoderConfig
+from plait.model.decoder import Decoder
+from plait.tokenizers.base import (
+    FORMAT_VERSION,
+    check_format_version,
+    config_from_json,
+    load_weights,
+    read_json,
+    write_json,
+)
+from plait.tokenizers.loading import load_tokenizers
+from plait.tokenizers.vocabulary import Vocabulary
+
+
+@dataclass
+class Bundle:
+    """A loaded bundle.
+
+    Attributes:
+        decoder: the model.
+        vocabulary: its id space.
+        tokenizers: by folder name.
+        generation: sampling settings by target modality.
+        context: longest document that it was trained on, in tokens.
+    """
+
+    decoder: Decoder
+    vocabulary: Vocabulary
+    tokenizers: dict[str, Any]
+    generation: dict[str, dict[str, Any]]
+    context: int
+
+
+def save_bundle(
+    folder: Path,
+    config: DecoderConfig,
+    weights: dict[str, Tensor],
+    vocabulary: Vocabulary,
+    tokenizers: Path,
+    generation: dict[str, Any],
+    context: int,
+    dtype: torch.dtype,
+) -> None:
+    """Write a bundle; an existing one at ``folder`` is replaced only when the new one is complete.
+
+    Args:
+        folder: where to.
+        config: the decoder's architecture.
+        weights: the decoder's state dict; a tied head is stored once.
+        vocabulary: the id space the decoder was trained in.
+        tokenizers: folder with one subfolder per tokenizer, copied.
+        generation: sampling settings by target modality.
+        context: longest document that it was trained on, in tokens.
+        dtype: of the stored weights.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    save_file(
+        {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items() if name not in tied},
+        temporary / "model.safetensors",
+    )
+    write_json(
+        temporary / "config.json",
+        {"format_version": FORMAT_VERSION, "vocabulary": vocabulary.fingerprint, "context": context, "decoder": asdict(config)},
+    )
+    vocabulary.save(temporary / "vocabulary.json")
+    write_json(temporary / "generation.json", {"format_version": FORMAT_VERSION, **generation})
+    for name in vocabulary.tokenizers:
+        shutil.copytree(tokenizers / name, temporary / "tokenizers" / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+    """Load a bundle for inference.
+
+    Raises:
+        PlaitError: a missing, broken or mismatched file: the vocabulary or a tokenizer is not the one it was
+            trained with, or a tensor does not belong.
+    """
+    config_file = folder / "config.json"
+    content = read_json(config_file)
+    check_format_version(content.get("format_version"), config_file)
+    if missing := {"vocabulary", "decoder", "context"} - set(content):
+        raise PlaitError(f"{config_file}: not a bundle; the entry {min(missing)!r} is missing")
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    if vocabulary.fingerprint != content["vocabulary"]:
+        raise PlaitError(
+            f"{folder / 'vocabulary.json'}: is not the vocabulary that the model was trained with; restore the original file"
+        )
+    config = config_from_json(DecoderConfig, content["decoder"], config_file)
+    if config.vocabulary_size != vocabulary.size:
+        raise PlaitError(f"{config_file}: vocabulary_size is {config.vocabulary_size}, vocabulary.json has {vocabulary.size} ids")
+    tokenizers = load_tokenizers(folder)
+    for name, fingerprint in vocabulary.tokenizers.items():
+        if name not in tokenizers:
+            raise PlaitError(f"{folder / 'tokenizers' / name}: tokenizer is missing; copy the bundle again")
+        if tokenizers[name].fingerprint != fingerprint:
+            raise PlaitError(f"{folder / 'tokenizers' / name}: is not the tokenizer that the model was trained with; restore it")
+        if isinstance(tokenizers[name], torch.nn.Module):
+            tokenizers[name].to(device)
+    decoder = Decoder(config)
+    load_weights(decoder, folder / "model.safetensors", tied=("lm_head.weight",) if config.tie_embeddings else ())
+    decoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    generation = read_json(folder / "generation.json")
+    check_format_version(generation.pop("format_version", None), folder / "generation.json")
+    return Bundle(decoder, vocabulary, tokenizers, generation, int(content["context"]))

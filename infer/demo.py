@@ -1,0 +1,79 @@
+"""`plait demo`: what the shipped model does, on one picture.
+
+``gallery.png`` has three parts: captions with the images generated from them, images with the captions generated from
+them, and originals beside what the image tokenizer makes of them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from plait.errors import PlaitError
+from plait.infer.document import write_file
+from plait.infer.pipeline import Model
+from plait.tokenizers.loading import find_weights
+from plait.tokenizers.media import contact_sheet, read_image
+from plait.tokenizers.modalities import MODALITIES
+
+
+def examples(bundle: str) -> list[tuple[str, Image.Image]]:
+    """The captioned images that come with a bundle, in its ``examples`` folder.
+
+    Raises:
+        PlaitError: the bundle has none.
+    """
+    folder = find_weights(bundle) / "examples"
+    if not (folder / "manifest.jsonl").is_file():
+        raise PlaitError(f"{folder}: the bundle brings no examples to show")
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text("utf-8").splitlines()]
+    return [(row["caption"], read_image(folder / row["path"])) for row in rows]
+
+
+def gallery(model: Model, shown: list[tuple[str, Image.Image]], seed: int = 0) -> tuple[Image.Image, dict[str, Any]]:
+    """The gallery, and what was generated for it.
+
+    Args:
+        model: with text and image.
+        shown: captions and their images.
+        seed: of the generation.
+    """
+    captions, images = [caption for caption, _ in shown], [image for _, image in shown]
+    pictures = model.generate_batch([[caption] for caption in captions], to="image", seed=seed)
+    texts = model.generate_batch([[image] for image in images], to="text", seed=seed)
+    entry, tokenizer = MODALITIES["image"], model.bundle.tokenizers["visual"]
+    again = [entry.decode(tokenizer, entry.encode(tokenizer, image)) for image in images]
+    pairs = [picture for pair in zip(images, again, strict=True) for picture in pair]
+    labels = [label for caption in captions for label in (caption, "reconstructed")]
+    parts = [
+        ("Caption to image", contact_sheet(pictures, 8, captions, 96)),
+        ("Image to caption", contact_sheet(images, 8, texts, 96)),
+        ("Through the image tokenizer", contact_sheet(pairs[:32], 8, labels[:32], 96)),
+    ]
+    return stack(parts), {"captions": captions, "generated_captions": texts}
+
+
+def stack(parts: list[tuple[str, Image.Image]]) -> Image.Image:
+    """Sheets under each other, each below its title."""
+    title = 28
+    page = Image.new("RGB", (max(s.width for _, s in parts), sum(s.height + title for _, s in parts)), "white")
+    draw, y = ImageDraw.Draw(page), 0
+    for text, sheet in parts:
+        draw.text((8, y + 8), text, fill="black", font_size=16)
+        page.paste(sheet, (0, y + title))
+        y += title + sheet.height
+    return page
+
+
+def run_demo(bundle: str, out: Path) -> Path:
+    """Write ``out/gallery.png`` and return it."""
+    from plait.infer.pipeline import load
+
+    page, _ = gallery(load(bundle), examples(bundle))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlaitError(f"{out}: cannot be made ({error.strerror})") from None
+    write_file(out / "gallery.png", MODALITIES["image"].write(page))
+    return out / "gallery.png"

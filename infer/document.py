@@ -1,0 +1,97 @@
+"""Parts and documents: what people hand in and get back."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from plait.errors import PlaitError
+from plait.tokenizers.media import Audio, Video, modality_of
+from plait.tokenizers.modalities import MODALITIES
+
+Part = str | Path | Image.Image | Audio | Video
+
+
+@dataclass
+class Document:
+    """An ordered list of parts: text, images, sound and video in any interleaving."""
+
+    parts: list[Any] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.parts)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``document.md`` and its media into a folder; returns the Markdown file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for number, (modality, medium) in enumerate(read_parts(self.parts), 1):
+            if modality == "text":
+                lines.append(medium)
+                continue
+            name = f"{number:03d}{MODALITIES[modality].extension}"
+            write_file(folder / name, MODALITIES[modality].write(medium))
+            lines.append(f"![{modality}]({name})")
+        write_file(folder / "document.md", ("\n\n".join(lines) + "\n").encode())
+        return folder / "document.md"
+
+
+def read_parts(parts: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Parts → (modality, medium): strings are text, paths are read, documents are opened up.
+
+    Raises:
+        PlaitError: a file cannot be read or is of no known kind, or a part is of no known type.
+    """
+    for part in parts:
+        if isinstance(part, str):
+            yield "text", part
+        elif isinstance(part, Path):
+            yield read_file(part)
+        elif isinstance(part, Image.Image):
+            yield "image", part
+        elif isinstance(part, (Audio, Video)):
+            yield type(part).__name__.lower(), part
+        elif isinstance(part, Document):
+            yield from read_parts(part.parts)
+        else:
+            raise PlaitError(f"part: {type(part).__name__} is no str, Path, PIL image, Audio, Video or Document")
+
+
+def read_file(path: Path) -> tuple[str, Any]:
+    """A media file → (modality, medium).
+
+    Raises:
+        PlaitError: missing, unreadable, or of a kind this version cannot read.
+    """
+    modality = modality_of(path)
+    if modality is None:
+        raise PlaitError(f"{path}: its extension names no known medium")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise PlaitError(f"{path}: no such file") from None
+    except OSError as error:
+        raise PlaitError(f"{path}: cannot be read ({error.strerror})") from None
+    if modality not in MODALITIES:
+        raise PlaitError(f"{path}: {modality} is not supported; supported are {', '.join(MODALITIES)}")
+    return modality, MODALITIES[modality].read(data, str(path))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        PlaitError: the folder is missing or full, or may not be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise PlaitError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,275 @@
+"""The any-to-any model: parts in, media out. `load` opens a bundle; `Model` generates, streams and scores.
+
+One prompt's way: parts → codes (the bundle's tokenizers) → ids (the grammar) → new ids (`generate`) → spans (the
+cursor) → media (the tokenizers again).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from plait.errors import PlaitError
+from plait.infer.bundle import Bundle, load_bundle
+from plait.infer.document import Document, read_parts
+from plait.infer.generate import Request, generate
+from plait.infer.sampling import Sampling, restrict
+from plait.tokenizers.grammar import Cursor, Grammar, Span
+from plait.tokenizers.loading import find_weights
+from plait.tokenizers.modalities import MODALITIES
+
+
+@dataclass
+class TextDelta:
+    """Newly generated text."""
+
+    text: str
+
+
+@dataclass
+class ImageRows:
+    """An image so far: the rows that are complete."""
+
+    image: Image.Image
+
+
+@dataclass
+class Finished:
+    """The last event of a stream: what was generated."""
+
+    document: Document
+
+
+Event = TextDelta | ImageRows | Finished
+
+
+@dataclass
+class Score:
+    """Log-probabilities of a target: natural logarithms, at most 0, under the grammar's mask, its end mark included.
+
+    Attributes:
+        total: sum of ``per_token``.
+        per_token: float ``[n]``; tokens that the grammar forces have 0.
+    """
+
+    total: float
+    per_token: Tensor
+
+
+def load(name: str | Path = "plait-tiny", device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Model":
+    """Load a bundle.
+
+    Args:
+        name: a path, or a shipped bundle's name.
+        device: "cpu" or "cuda".
+        dtype: of the decoder's weights; tokenizers stay in float32.
+
+    Raises:
+        PlaitError: not found, damaged or mismatched.
+    """
+    return Model(load_bundle(find_weights(name), device, dtype))
+
+
+class Model:
+    """A bundle ready to generate."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.grammar = Grammar(bundle.vocabulary)
+        self.context = bundle.context
+
+    @property
+    def modalities(self) -> list[str]:
+        """What the model reads and writes."""
+        return list(self.grammar.forms)
+
+    def generate(
+        self,
+        *parts: Any,
+        to: str,
+        n: int | None = None,
+        seed: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        max_tokens: int | None = None,
+    ) -> Any:
+        """Generate a medium from a prompt.
+
+        Args:
+            parts: the prompt: str is text, Path a file, besides PIL images, `Audio`, `Video` and `Document`.
+            to: "text", "image", … or "interleaved".
+            n: how many; with a number the result is a list.
+            seed: item i of a seed is the same whatever ``n`` is (up to rounding between batch sizes).
+            temperature: see `Sampling`; those left out come from the bundle.
+            top_k: see `Sampling`.
+            top_p: see `Sampling`.
+            guidance: see `Sampling`.
+            max_tokens: new tokens at most; the grammar ends every span within it.
+
+        Returns:
+            str, PIL image, … or `Document`; a list of them with ``n``.
+
+        Raises:
+            PlaitError: a part cannot be read, the model lacks a modality, or the prompt leaves no room.
+        """
+        overrides = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        requests = self._requests(parts, to, 1 if n is None else n, seed, overrides, max_tokens)
+        for _ in generate(self.bundle.decoder, requests):
+            pass
+        results = [self._result(request, to) for request in requests]
+        return results[0] if n is None else results
+
+    def generate_batch(self, prompts: Sequence[Sequence[Any]], to: str, seed: int = 0, **settings: Any) -> list[Any]:
+        """Generate one medium for each of several prompts, together; ``settings`` as in `generate`.
+
+        Prompt i draws from the random numbers of ``seed`` and i.
+        """
+        max_tokens = settings.pop("max_tokens", None)
+        requests = [
+            self._requests(parts, to, 1, seed, settings, max_tokens, first=i)[0] for i, parts in enumerate(prompts)
+        ]
+        for _ in generate(self.bundle.decoder, requests):
+            pass
+        return [self._result(request, to) for request in requests]
+
+    def stream(self, *parts: Any, to: str, seed: int | None = None, max_tokens: int | None = None, **settings: Any) -> Iterator[Event]:
+        """Generate and report on the way: text as it comes, an image after each row; `Finished` comes last."""
+        request = self._requests(parts, to, 1, seed, settings, max_tokens)[0]
+        given = len(request.cursor.spans)
+        shown: tuple[int, int] = (given, 0)  # span, and how much of it was reported
+        for _ in generate(self.bundle.decoder, [request]):
+            spans, open_span = request.cursor.spans, request.cursor.open
+            while shown[0] < len(spans):
+                yield from self._progress(spans[shown[0]], shown[1], True)
+                shown = (shown[0] + 1, 0)
+            if open_span is not None and len(spans) == shown[0]:
+                modality, header, codes = open_span
+                for event in self._progress(self._partial(modality, header, codes), shown[1], False):
+                    shown = (shown[0], shown[1] + (len(event.text) if isinstance(event, TextDelta) else 1))
+                    yield event
+        yield Finished(self._document(request.cursor.spans[given:]))
+
+    @torch.no_grad()
+    def score(self, *parts: Any, target: Any) -> Score:
+        """How probable a target is after a prompt.
+
+        Args:
+            parts: the prompt.
+            target: one part.
+        """
+        prompt = self._ids(parts)
+        span = self._span(*next(iter(read_parts([target]))))
+        ids = [*prompt, *self.grammar.write(span).tolist()]
+        tokens = torch.tensor([ids], device=self._device)
+        logits = self.bundle.decoder(tokens, torch.arange(len(ids), device=self._device)[None])[0].float()
+        cursor = self._cursor(prompt, len(ids), [span.modality])
+        cursor.push(ids[len(prompt)])  # the target's begin token is given
+        values = []
+        for position in range(len(prompt) + 1, len(ids)):
+            candidates, allowed = restrict(logits[position - 1], cursor.allowed())
+            chosen = (allowed == ids[position]).nonzero()
+            values.append(candidates.log_softmax(-1)[chosen].reshape(()))
+            cursor.push(ids[position])
+        per_token = torch.stack(values).cpu()
+        return Score(float(per_token.double().sum()), per_token)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.bundle.decoder.lm_head.weight.device
+
+    def _requests(
+        self, parts: Sequence[Any], to: str, n: int, seed: int | None, overrides: dict[str, Any], max_tokens: int | None, first: int = 0
+    ) -> list[Request]:
+        if n < 1:
+            raise PlaitError(f"n: {n} must be at least 1")
+        prompt = self._ids(parts)
+        begin = [] if to == "interleaved" else [self.grammar.form(to).begin]
+        sampling = {m: Sampling.of(self.bundle.generation.get(m, {}), **overrides) for m in self.grammar.forms}
+        ids = prompt + begin
+        room = self.context - len(ids)
+        if max_tokens is not None:
+            room = min(room, max_tokens)
+        least = 1 if to == "interleaved" else self.grammar.form(to).least - 1
+        if room < least:
+            raise PlaitError(
+                f"prompt: {len(prompt)} tokens of a context of {self.context} leave {room} for {to}, which needs at least "
+                f"{least}; shorten the prompt or raise max_tokens"
+            )
+        # <eos> closes the cursor's budget; a single medium is finished before it.
+        budget = len(ids) - 1 + room + (to != "interleaved")
+        guided = bool(parts) and to != "interleaved" and sampling[to].guidance != 1
+        if seed is None:
+            seed = int(torch.seed())
+        return [
+            Request(
+                prompt=ids,
+                cursor=self._cursor(ids, budget),
+                sampling=sampling,
+                generator=torch.Generator().manual_seed((seed + 1_000_003 * (first + i)) % (1 << 63)),
+                unconditional=[self.grammar.bos, *begin] if guided else None,
+                until_spans=None if to == "interleaved" else len(self._cursor(ids, budget).spans) + 1,
+            )
+            for i in range(n)
+        ]
+
+    def _cursor(self, ids: Sequence[int], budget: int, modalities: Sequence[str] | None = None) -> Cursor:
+        """A cursor that has taken ``ids``; ``budget`` counts them, without the first ``<bos>``."""
+        cursor = Cursor(self.grammar, budget)
+        for token in ids[1:]:
+            cursor.push(token)
+        return cursor
+
+    def _ids(self, parts: Sequence[Any]) -> list[int]:
+        spans = [self._span(modality, medium) for modality, medium in read_parts(parts)]
+        return [self.grammar.bos, *(i for span in spans for i in self.grammar.write(span).tolist())]
+
+    def _span(self, modality: str, medium: Any) -> Span:
+        self.grammar.form(modality)
+        codes = MODALITIES[modality].encode(self._tokenizer(modality), medium)
+        return Span(modality, codes.cpu())
+
+    def _tokenizer(self, modality: str) -> Any:
+        return self.bundle.tokenizers[self.bundle.vocabulary.modalities[modality].tokenizer]
+
+    def _medium(self, span: Span) -> Any:
+        return MODALITIES[span.modality].decode(self._tokenizer(span.modality), span.codes)
+
+    def _document(self, spans: Sequence[Span]) -> Document:
+        return Document([self._medium(span) for span in spans])
+
+    def _result(self, request: Request, to: str) -> Any:
+        if to != "interleaved":
+            return self._medium(request.cursor.spans[-1])
+        prompt_spans = len(self._cursor(request.prompt, len(request.prompt)).spans)
+        return self._document(request.cursor.spans[prompt_spans:])
+
+    def _partial(self, modality: str, header: tuple[int, ...], codes: list[int]) -> Span | None:
+        """The complete outermost steps of an open span, or None if there are none yet."""
+        axes = self.grammar.form(modality).grammar.axes
+        if not axes:
+            return Span(modality, torch.tensor(codes, dtype=torch.int64))
+        step = 1
+        for n in header[1:]:
+            step *= n
+        rows = len(codes) // step if len(header) == len(axes) else 0
+        if not rows:
+            return None
+        return Span(modality, torch.tensor(codes[: rows * step]).reshape(rows, *header[1:]))
+
+    def _progress(self, span: Span | None, reported: int, complete: bool) -> Iterator[Event]:
+        if span is None:
+            return
+        if span.modality == "text":
+            text = self._medium(span)
+            # An unfinished character decodes to U+FFFD: it is held back until its bytes are there.
+            text = text if complete else text.rstrip("\ufffd")
+            if len(text) > reported:
+                yield TextDelta(text[reported:])
+        elif span.modality == "image" and len(span.codes) > reported:
+            yield ImageRows(self._medium(span))

@@ -1,0 +1,197 @@
+"""The command line: one function per verb, each a few lines that call the part that does the work.
+
+Imports stay inside the functions, so ``--help`` answers at once. Exit codes: 0 done, 1 failure, 2 bad input.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from plait.errors import PlaitError
+
+app = typer.Typer(
+    help="Text, images, video and audio as one braid of tokens.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+data = typer.Typer(help="Make and look at shards.", no_args_is_help=True)
+tokenizer = typer.Typer(help="Train and use tokenizers.", no_args_is_help=True)
+app.add_typer(data, name="data")
+app.add_typer(tokenizer, name="tokenizer")
+
+Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+ModelName = Annotated[str, typer.Option("--model", help="Bundle: a path or a shipped name.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("out"),
+    model: ModelName = "plait-tiny",
+    as_json: Json = False,
+) -> None:
+    """Show what the shipped model does: writes OUT/gallery.png."""
+    from plait.infer.demo import run_demo
+
+    path = run_demo(model, out)
+    report(as_json, {"gallery": str(path)}, f"wrote {path}")
+
+
+@app.command()
+def generate(
+    parts: Annotated[list[str], typer.Argument(metavar="PART...", help="Text, or the path of a media file; the order is the prompt.")],
+    to: Annotated[str, typer.Option(help="text, image, audio, video or interleaved.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; text goes to stdout without it.")] = None,
+    model: ModelName = "plait-tiny",
+    seed: Annotated[int | None, typer.Option(help="Same seed, same result.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="How many; files are numbered.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most probable token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among this many tokens; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the tokens that reach this probability.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="New tokens at most.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Generate text or media from text and media."""
+    from plait.infer.command import generate_files
+
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance, "max_tokens": max_tokens}
+    written = generate_files(parts, to, out, model, seed, n, stream, settings)
+    if to == "text" and out is None:
+        report(as_json, {"text": written}, "" if stream else "\n".join(written))
+    else:
+        report(as_json, {"files": written}, "\n".join(f"wrote {path}" for path in written))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A path, or a shipped recipe such as tiny/decoder.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a decoder; alone, or under torchrun or deepspeed."""
+    from plait.train.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], kinds=["decoder"])
+    from plait.train.decoder_loop import train_decoder
+
+    bundle = train_decoder(loaded)  # type: ignore[arg-type]
+    report(as_json, {"bundle": str(bundle)}, f"wrote {bundle}")
+
+
+@tokenizer.command("train")
+def tokenizer_train(
+    recipe: Annotated[str, typer.Argument(help="A path, or a shipped recipe such as tiny/image.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a text or visual tokenizer."""
+    from plait.train.recipe import TextTokenizerRecipe, load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], kinds=["text-tokenizer", "visual-tokenizer"])
+    if isinstance(loaded, TextTokenizerRecipe):
+        from plait.train.text_loop import train_text
+
+        train_text(loaded)
+        written = Path(loaded.out)
+    else:
+        from plait.train.visual_loop import train_visual
+
+        train_visual(loaded)  # type: ignore[arg-type]
+        written = Path(loaded.out) / "tokenizer"
+    report(as_json, {"tokenizer": str(written)}, f"wrote {written}")
+
+
+@tokenizer.command("info")
+def tokenizer_info(
+    name: Annotated[str, typer.Argument(help="A tokenizer's or bundle's folder, or a shipped name.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a tokenizer is."""
+    from plait.tokenizers.loading import describe_tokenizers
+
+    rows = describe_tokenizers(name)
+    lines = [f"{row['name']}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k != "name") for row in rows]
+    report(as_json, {"tokenizers": rows}, "\n".join(lines))
+
+
+@data.command("pack")
+def data_pack(
+    folder: Annotated[Path, typer.Argument(help="Files that share a stem, or a manifest.jsonl.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the shards.")],
+    per_shard: Annotated[int, typer.Option(min=1, help="Samples per shard at most.")] = 2000,
+    as_json: Json = False,
+) -> None:
+    """Pack a folder of files into WebDataset shards."""
+    from plait.train.pack import pack
+
+    packed = pack(folder, out, per_shard)
+    for line in packed.skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    text = f"packed {packed.samples} samples into {packed.shards} shards in {out}, skipped {len(packed.skipped)}"
+    report(as_json, vars(packed), text)
+
+
+@data.command("tokenize")
+def data_tokenize(
+    shards: Annotated[Path, typer.Argument(help="Folder of raw shards.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the token shards.")],
+    tokenizers: Annotated[str, typer.Option(help="A bundle, or a folder with one subfolder per tokenizer.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as CPUs by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn raw shards into token shards; a restart skips finished shards."""
+    from plait.train.progress import progress_bar
+    from plait.train.tokenize import tokenize
+
+    with progress_bar("shards") as advance:
+        made = tokenize(shards, out, tokenizers, workers, advance)
+    for line in made.skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    codes = ", ".join(f"{count} {modality} codes" for modality, count in made.codes.items())
+    text = f"tokenized {made.samples} samples ({codes}) in {made.shards} shards, {made.reused} of them done before, skipped {len(made.skipped)}"
+    report(as_json, vars(made), text)
+
+
+@data.command("inspect")
+def data_inspect(
+    shards: Annotated[Path, typer.Argument(help="Folder of raw or token shards.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Contact sheet to write.")] = Path("out/inspect.png"),
+    tokenizers: Annotated[str | None, typer.Option(help="For token shards: what they were made with.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print counts, sizes and captions, and write a contact sheet."""
+    from plait.train.inspect import inspect
+
+    facts, text = inspect(shards, out, tokenizers)
+    report(as_json, facts, text)
+
+
+def report(as_json: bool, facts: dict[str, Any], text: str) -> None:
+    """End a command: one line of JSON, or the text."""
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+    elif text:
+        print(text)
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one line on stderr and exit code 2."""
+    # The deepspeed launcher adds its own argument in front of ours.
+    sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    try:
+        app()
+    except PlaitError as error:
+        print(f"plait: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("plait: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

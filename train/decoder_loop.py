@@ -1,0 +1,178 @@
+"""Training of the decoder, top to bottom: token shards → packed batches → DeepSpeed steps → ``out/bundle``.
+
+The loss of a step is the weighted mean over all its tokens on all processes. With the same ``streams``, one process
+and several see the same batches, and their losses agree up to rounding.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from plait.errors import PlaitError
+from plait.infer.bundle import save_bundle
+from plait.model.decoder import Decoder
+from plait.tokenizers.grammar import Grammar
+from plait.tokenizers.loading import load_tokenizers
+from plait.tokenizers.modalities import MODALITIES
+from plait.tokenizers.vocabulary import Vocabulary
+from plait.train.engine import Engine, accumulation_steps, start_distributed
+from plait.train.journal import Journal
+from plait.train.loader import open_loader
+from plait.train.optimizer import build_optimizer, learning_rate
+from plait.train.recipe import DecoderRecipe
+from plait.train.sequences import Batch, SequenceEncoder
+from plait.train.shards import read_manifest
+
+
+def train_decoder(recipe: DecoderRecipe) -> Path:
+    """Run a recipe to its end, from its last checkpoint if it has one.
+
+    Returns:
+        the bundle's folder.
+
+    Raises:
+        PlaitError: shards or tokenizers are missing or do not belong together, or the batch cannot be divided.
+    """
+    vocabulary = build_vocabulary(recipe)
+    rank, world_size = start_distributed()
+    accumulation_steps(recipe, world_size)
+    out = Path(recipe.out)
+    torch.manual_seed(recipe.seed)
+    config = dataclasses.replace(recipe.model, vocabulary_size=vocabulary.size)
+    module = Decoder(config)
+    engine = Engine(module, build_optimizer(module, recipe.optimizer), recipe, world_size)
+    loader = open_loader(
+        recipe.shards, SequenceEncoder(Grammar(vocabulary), recipe.sequence, recipe.seed), kind="tokens", scratch=out,
+        batch_size=recipe.micro_batch, seed=recipe.seed, streams=recipe.streams, rank=rank, world_size=world_size,
+        packing_buffer=16 * recipe.micro_batch,
+    )  # fmt: skip
+    journal = Journal(out, recipe, active=rank == 0, vocabulary=vocabulary.fingerprint, processes=world_size)
+    checkpoints = Checkpoints(out / "checkpoints", engine, loader, rank, world_size, recipe.keep)
+    first = checkpoints.restore()
+    journal.rewind(first)
+
+    batches = iter(loader)
+    for step in range(first + 1, recipe.steps + 1):
+        lr = learning_rate(step - 1, recipe.steps, recipe.optimizer)
+        metrics = train_step(engine, batches, recipe, list(vocabulary.modalities), lr)
+        if step % recipe.log_every == 0 or step == 1 or step == recipe.steps:
+            journal.log(step, **metrics)
+            engine.monitor(step, metrics)
+        if step % recipe.save_every == 0 or step == recipe.steps:
+            checkpoints.save(step)
+
+    weights = engine.weights()
+    if rank == 0:
+        save_bundle(
+            out / "bundle", config, weights, vocabulary, Path(recipe.tokenizers), recipe.generation,
+            recipe.sequence.length, getattr(torch, recipe.store),
+        )  # fmt: skip
+    engine.close()
+    return out / "bundle"
+
+
+def build_vocabulary(recipe: DecoderRecipe) -> Vocabulary:
+    """The vocabulary of the recipe's tokenizers, with the modalities that the shards hold.
+
+    Raises:
+        PlaitError: shards were made with different tokenizers, or with others than the recipe names.
+    """
+    tokenizers = load_tokenizers(recipe.tokenizers)
+    fingerprints = {name: tokenizer.fingerprint for name, tokenizer in tokenizers.items()}
+    present: set[str] = set()
+    for folder in recipe.shards:
+        manifest = read_manifest(Path(folder), "tokens")
+        for name, fingerprint in manifest["tokenizers"].items():
+            if fingerprints.get(name) != fingerprint:
+                raise PlaitError(
+                    f"{folder}: was made with another {name} tokenizer than {recipe.tokenizers}/{name} (fingerprints "
+                    "differ); tokenize the data again or name the tokenizers it was made with"
+                )
+        for row in manifest["shards"]:
+            present |= set(row["codes"])
+    return Vocabulary.build(tokenizers, [name for name in MODALITIES if name in present])
+
+
+def train_step(
+    engine: Engine, batches: Iterator[Batch], recipe: DecoderRecipe, groups: list[str], lr: float
+) -> dict[str, float]:
+    """One optimizer step; returns its loss, the loss per modality and the gradient's norm."""
+    micro_batches = [next(batches) for _ in range(engine.accumulation)]
+    # The whole step's weight must be known before the first backward pass.
+    weight = torch.stack([batch.targets.weights.sum() for batch in micro_batches]).sum()
+    total = float(engine.total(weight.double().reshape(1)))
+    if total == 0:
+        raise PlaitError("sequence: no token of this step carries loss; check loss_weights, context_loss and the documents' loss flags")
+    # Weighted loss, then per group: sum of losses and count.
+    sums = torch.zeros(1 + 2 * len(groups), dtype=torch.float64, device=engine.device)
+    for batch in micro_batches:
+        targets = dataclasses.replace(
+            batch.targets,
+            **{k: getattr(batch.targets, k).to(engine.device) for k in ("tokens", "weights", "groups")},
+        )
+        tokens, positions = batch.tokens.to(engine.device), batch.positions.to(engine.device)
+        losses = engine.forward(tokens, positions, targets=targets, z_loss=recipe.z_loss)
+        engine.backward(losses.loss, total)
+        engine.step(lr)
+        sums += torch.cat([losses.loss.detach().reshape(1), losses.group_loss, losses.group_count]).double()
+    sums = engine.total(sums)
+    metrics = {"loss": float(sums[0]) / total, "lr": lr, "gradient": engine.gradient_norm, "tokens": total}
+    for i, name in enumerate(groups):
+        count = float(sums[1 + len(groups) + i])
+        if count:
+            metrics[f"loss_{name}"] = float(sums[1 + i]) / count
+    return metrics
+
+
+class Checkpoints:
+    """Checkpoints of engine and loader, ``step-N`` folders; complete once ``latest`` names them.
+
+    A run goes on with the number of processes that it began with: each one's loader state is its own.
+    """
+
+    def __init__(self, folder: Path, engine: Engine, loader: Any, rank: int, world_size: int, keep: int) -> None:
+        self.folder, self.engine, self.loader = folder, engine, loader
+        self.rank, self.world_size, self.keep = rank, world_size, keep
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, then drop the oldest beyond ``keep``."""
+        tag = f"step-{step}"
+        (self.folder / tag).mkdir(parents=True, exist_ok=True)
+        state = {"world_size": self.world_size, "loader": self.loader.save_state_rank()}
+        torch.save(state, self.folder / tag / f"loader-{self.rank}.pt")
+        torch.distributed.barrier()
+        self.engine.save(self.folder, tag)
+        torch.distributed.barrier()
+        if self.rank == 0:
+            steps = sorted(int(path.name[5:]) for path in self.folder.glob("step-*"))
+            for old in steps[: -self.keep]:
+                shutil.rmtree(self.folder / f"step-{old}")
+
+    def restore(self) -> int:
+        """Load the latest checkpoint; returns its step, 0 if there is none.
+
+        Raises:
+            PlaitError: it is broken, or was made by another number of processes.
+        """
+        latest = self.folder / "latest"
+        if not latest.is_file():
+            return 0
+        tag = latest.read_text().strip()
+        path = self.folder / tag / f"loader-{self.rank}.pt"
+        if not path.is_file():
+            raise PlaitError(f"{path}: missing; resume with the number of processes that the run began with")
+        # The run's own file, and the loader's state is a Python object: this is not for files from elsewhere.
+        state = torch.load(path, weights_only=False)
+        if state["world_size"] != self.world_size:
+            raise PlaitError(
+                f"{self.folder}: the run began with {state['world_size']} processes, this is {self.world_size}; "
+                "resume with as many, or start in another folder"
+            )
+        self.engine.load(self.folder, tag)
+        self.loader.restore_state_rank(state["loader"])
+        return int(tag[5:])

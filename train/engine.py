@@ -1,0 +1,161 @@
+"""DeepSpeed: the only file that imports it.
+
+Its configuration is computed from the recipe, so no second file can disagree with it. A run works alone, under
+``torchrun`` and under ``deepspeed``, on CPUs (gloo) and GPUs (NCCL).
+"""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from plait.errors import PlaitError
+from plait.train.recipe import DecoderRecipe
+
+
+def start_distributed() -> tuple[int, int]:
+    """Join the process group that the launcher describes, or make one of this process alone.
+
+    Returns:
+        rank and world size.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed()
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def accumulation_steps(recipe: DecoderRecipe, world_size: int) -> int:
+    """Micro-batches per process and optimizer step.
+
+    Raises:
+        PlaitError: the global batch cannot be divided so that every stream gives its equal share of each step.
+    """
+    micro_batches, rest = divmod(recipe.global_batch, recipe.micro_batch)
+    if rest:
+        raise PlaitError(f"global_batch: {recipe.global_batch} is not a multiple of micro_batch ({recipe.micro_batch})")
+    if micro_batches % recipe.streams or recipe.streams % world_size:
+        raise PlaitError(
+            f"streams: {micro_batches} micro-batches a step, {recipe.streams} streams and {world_size} processes do not "
+            "divide; make global_batch / micro_batch a multiple of streams, and streams a multiple of the processes"
+        )
+    return micro_batches // world_size
+
+
+class Engine:
+    """One process's share of the decoder's training.
+
+    Args:
+        module: the decoder.
+        optimizer: over the module's parameters.
+        recipe: the run.
+        world_size: number of processes.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, recipe: DecoderRecipe, world_size: int) -> None:
+        import deepspeed
+
+        self._deepspeed = deepspeed
+        self.accumulation = accumulation_steps(recipe, world_size)
+        self._scale = world_size * self.accumulation
+        config = {
+            "train_batch_size": recipe.global_batch,
+            "train_micro_batch_size_per_gpu": recipe.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": recipe.optimizer.clip,
+            "zero_optimization": {"stage": recipe.parallel.zero},
+            "bf16": {"enabled": recipe.parallel.dtype == "bfloat16"},
+            "steps_per_print": 1 << 40,
+            "tensorboard": {"enabled": True, "output_path": str(Path(recipe.out) / "tensorboard"), "job_name": "decoder"},
+        }
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.zero = recipe.parallel.zero
+        self._plain = self.zero == 0 and recipe.parallel.dtype == "float32"
+        self._norm = 0.0
+        self.device: torch.device = self._engine.device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss_sum: Tensor, total_weight: float) -> None:
+        """Add a micro-batch's gradients.
+
+        Args:
+            loss_sum: this micro-batch's weighted sum of losses.
+            total_weight: of all tokens of the whole optimizer step, on all processes. DeepSpeed divides by
+                accumulation steps and processes; that is undone here, so every token counts the same wherever it is.
+        """
+        self._engine.backward(loss_sum * (self._scale / total_weight))
+
+    def step(self, lr: float) -> None:
+        """Count a micro-batch; after the last of a step, clip and update with this learning rate."""
+        if self._engine.is_gradient_accumulation_boundary() and self._plain:
+            # Without ZeRO and mixed precision DeepSpeed clips but keeps no norm.
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            self._norm = float(torch.stack([g.norm() for g in gradients]).norm())
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the last step's whole gradient before clipping."""
+        return self._norm if self._plain else float(self._engine.get_global_grad_norm() or 0.0)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over all processes."""
+        values = values.to(self.device)
+        torch.distributed.all_reduce(values)
+        return values
+
+    def monitor(self, step: int, metrics: dict[str, float]) -> None:
+        """Send metrics to TensorBoard."""
+        if self._engine.monitor.enabled:
+            self._engine.monitor.write_events([(f"train/{name}", value, step) for name, value in metrics.items()])
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this process's part of a checkpoint; ``latest`` then names it."""
+        self._engine.save_checkpoint(str(folder), tag=tag)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read a checkpoint back, under the same ZeRO stage.
+
+        Raises:
+            PlaitError: the checkpoint is missing or incomplete.
+        """
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        except (OSError, RuntimeError, KeyError, AssertionError) as error:
+            raise PlaitError(f"{folder / tag}: checkpoint cannot be read ({str(error).splitlines()[0]}); remove it to go on from the one before") from None
+        if path is None:
+            raise PlaitError(f"{folder / tag}: checkpoint is incomplete; remove it to go on from the one before")
+
+    def weights(self) -> dict[str, Tensor]:
+        """The module's whole state dict on the CPU, in float32 where a float32 master exists; a collective call."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full: dict[str, Tensor] = {}
+        for name, parameter in self._engine.module.named_parameters():
+            master = safe_get_full_fp32_param(parameter) if self.zero else parameter
+            assert master is not None, name
+            full[name] = master.detach().float().cpu().clone()
+        return full
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._engine.destroy()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,119 @@
+"""`plait data inspect`: what is in a folder of shards, as text and as a contact sheet."""
+
+import statistics
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from plait.errors import PlaitError
+from plait.infer.document import write_file
+from plait.tokenizers.loading import load_tokenizers
+from plait.tokenizers.media import contact_sheet
+from plait.tokenizers.modalities import MODALITIES
+from plait.train.documents import TokenDocument, raw_parts, unpack_document
+from plait.train.shards import read_manifest, read_shard
+
+SHOWN = 32
+
+
+def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str, Any], str]:
+    """Read all of a folder's shards.
+
+    Args:
+        folder: raw or token shards.
+        sheet: PNG to write: the first images with their captions.
+        tokenizers: what token shards were made with; without it their counts are given and no sheet.
+
+    Returns:
+        the facts, and the same as text.
+
+    Raises:
+        PlaitError: the shards are missing or broken.
+    """
+    manifest = read_manifest(folder)
+    raw = manifest["kind"] == "raw"
+    loaded = {} if raw or tokenizers is None else load_tokenizers(tokenizers)
+    if not raw:
+        for name, tokenizer in loaded.items():
+            if manifest["tokenizers"].get(name, tokenizer.fingerprint) != tokenizer.fingerprint:
+                raise PlaitError(f"{tokenizers}: the {name} tokenizer is not the one that made {folder}")
+    counts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    lengths: list[int] = []
+    licences: dict[str, int] = {}
+    broken: list[str] = []
+    shown: list[tuple[Image.Image, str]] = []
+    captions: list[str] = []
+    for sample in chain.from_iterable(read_shard(folder / row["name"]) for row in manifest["shards"]):
+        try:
+            media, facts = _raw_media(sample) if raw else _token_media(unpack_document(sample), loaded)
+        except PlaitError as error:
+            broken.append(str(error))
+            continue
+        licence = str(facts.get("license", "not given"))
+        licences[licence] = licences.get(licence, 0) + 1
+        images = [medium for modality, medium, _ in media if modality == "image" and medium is not None]
+        texts = [medium for modality, medium, _ in media if modality == "text" and medium is not None]
+        for modality, _, size in media:
+            counts[modality] = counts.get(modality, 0) + 1
+            sizes[size] = sizes.get(size, 0) + (modality != "text")
+        lengths += [len(text) for text in texts]
+        captions += texts[: SHOWN - len(captions)]
+        if images and len(shown) < SHOWN:
+            shown.append((images[0], texts[0] if texts else ""))
+    facts = {
+        "kind": manifest["kind"], "shards": len(manifest["shards"]),
+        "samples": sum(row["samples"] for row in manifest["shards"]), "bytes": sum(row["bytes"] for row in manifest["shards"]),
+        "media": counts, "sizes": {k: n for k, n in sorted(sizes.items(), key=lambda kv: -kv[1])[:10] if n},
+        "text_length_median": statistics.median(lengths) if lengths else 0, "licenses": licences, "broken": broken,
+        "captions": captions[:8],
+    }  # fmt: skip
+    if shown:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        page = contact_sheet([image for image, _ in shown], 8, [text for _, text in shown], 96)
+        write_file(sheet, MODALITIES["image"].write(page))
+        facts["sheet"] = str(sheet)
+    return facts, _as_text(folder, facts)
+
+
+Medium = tuple[str, Any, str]  # modality, the medium or None where it cannot be shown, its size in words
+
+
+def _raw_media(sample: dict[str, Any]) -> tuple[list[Medium], dict[str, Any]]:
+    parts, _, facts = raw_parts(sample)
+    media: list[Medium] = []
+    for part in parts:
+        if part.modality not in MODALITIES:
+            media.append((part.modality, None, f"{len(part.data)} bytes"))
+            continue
+        medium = MODALITIES[part.modality].read(part.data, f"{sample['__key__']} ({part.modality})")
+        media.append((part.modality, medium, f"{medium.width}×{medium.height}" if part.modality == "image" else ""))
+    return media, facts
+
+
+def _token_media(document: TokenDocument, tokenizers: dict[str, Any]) -> tuple[list[Medium], dict[str, Any]]:
+    media: list[Medium] = []
+    for span in document.spans:
+        entry = MODALITIES.get(span.modality)
+        tokenizer = tokenizers.get(entry.tokenizer) if entry else None
+        medium = entry.decode(tokenizer, span.codes) if entry and tokenizer else None
+        media.append((span.modality, medium, "×".join(map(str, span.codes.shape)) + " codes"))
+    return media, document.facts
+
+
+def _as_text(folder: Path, facts: dict[str, Any]) -> str:
+    lines = [
+        f"{folder}: {facts['samples']} samples in {facts['shards']} {facts['kind']} shards, {facts['bytes'] / 1e6:.1f} MB",
+        "media     " + ", ".join(f"{n} {modality}" for modality, n in facts["media"].items()),
+        "sizes     " + ", ".join(f"{size} ({n})" for size, n in facts["sizes"].items()),
+        "licences  " + ", ".join(f"{name} ({n})" for name, n in facts["licenses"].items()),
+    ]
+    if facts["captions"]:
+        lines.append(f"text      median {facts['text_length_median']:g} characters, such as:")
+        lines += [f"          {caption}" for caption in facts["captions"]]
+    lines += [f"broken    {line}" for line in facts["broken"]]
+    if "sheet" in facts:
+        lines.append(f"sheet     {facts['sheet']}")
+    return "\n".join(lines)
