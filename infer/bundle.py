@@ -79,7 +79,12 @@ def save_bundle(
     )
     write_json(
         temporary / "config.json",
-        {"format_version": FORMAT_VERSION, "vocabulary": vocabulary.fingerprint, "context": context, "decoder": asdict(config)},
+        {
+            "format_version": FORMAT_VERSION,
+            "vocabulary": vocabulary.fingerprint,
+            "context": context,
+            "decoder": asdict(config),
+        },
     )
     vocabulary.save(temporary / "vocabulary.json")
     write_json(temporary / "generation.json", {"format_version": FORMAT_VERSION, **generation})
@@ -104,17 +109,21 @@ def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.fl
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     if vocabulary.fingerprint != content["vocabulary"]:
         raise PlaitError(
-            f"{folder / 'vocabulary.json'}: is not the vocabulary that the model was trained with; restore the original file"
+            f"{folder / 'vocabulary.json'}: is not the vocabulary that the model was trained with; restore it"
         )
     config = config_from_json(DecoderConfig, content["decoder"], config_file)
     if config.vocabulary_size != vocabulary.size:
-        raise PlaitError(f"{config_file}: vocabulary_size is {config.vocabulary_size}, vocabulary.json has {vocabulary.size} ids")
+        raise PlaitError(
+            f"{config_file}: vocabulary_size is {config.vocabulary_size}, vocabulary.json has {vocabulary.size} ids"
+        )
     tokenizers = load_tokenizers(folder)
     for name, fingerprint in vocabulary.tokenizers.items():
         if name not in tokenizers:
             raise PlaitError(f"{folder / 'tokenizers' / name}: tokenizer is missing; copy the bundle again")
         if tokenizers[name].fingerprint != fingerprint:
-            raise PlaitError(f"{folder / 'tokenizers' / name}: is not the tokenizer that the model was trained with; restore it")
+            raise PlaitError(
+                f"{folder / 'tokenizers' / name}: is not the tokenizer that the model was trained with; restore it"
+            )
         if isinstance(tokenizers[name], torch.nn.Module):
             tokenizers[name].to(device)
     decoder = Decoder(config)

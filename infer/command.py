@@ -28,7 +28,14 @@ def parse_part(argument: str) -> str | Path:
 
 
 def generate_files(
-    arguments: list[str], to: str, out: Path | None, bundle: str, seed: int | None, n: int | None, stream: bool, settings: dict[str, Any]
+    arguments: list[str],
+    to: str,
+    out: Path | None,
+    bundle: str,
+    seed: int | None,
+    n: int | None,
+    stream: bool,
+    settings: dict[str, Any],
 ) -> list[str]:
     """Generate and write.
 
@@ -70,7 +77,11 @@ def output_paths(out: Path | None, to: str, n: int | None) -> list[Path] | None:
     extension = "" if to == "interleaved" else MODALITIES[to].extension
     out = out or Path(f"out{extension}")
     if out.suffix.lower() != extension:
-        raise PlaitError(f"{out}: {to} is written as {extension or 'a folder'}; give a name that ends so" if extension else f"{out}: interleaved output is a folder; give a name without extension")
+        raise PlaitError(
+            f"{out}: {to} is written as {extension or 'a folder'}; give a name that ends so"
+            if extension
+            else f"{out}: interleaved output is a folder; give a name without extension"
+        )
     if not out.parent.is_dir():
         raise PlaitError(f"{out}: the folder {out.parent} does not exist; make it first")
     return [out] if n is None else [out.with_name(f"{out.stem}-{i}{extension}") for i in range(1, n + 1)]

@@ -138,7 +138,9 @@ class Model:
             pass
         return [self._result(request, to) for request in requests]
 
-    def stream(self, *parts: Any, to: str, seed: int | None = None, max_tokens: int | None = None, **settings: Any) -> Iterator[Event]:
+    def stream(
+        self, *parts: Any, to: str, seed: int | None = None, max_tokens: int | None = None, **settings: Any
+    ) -> Iterator[Event]:
         """Generate and report on the way: text as it comes, an image after each row; `Finished` comes last."""
         request = self._requests(parts, to, 1, seed, settings, max_tokens)[0]
         given = len(request.cursor.spans)
@@ -184,7 +186,14 @@ class Model:
         return self.bundle.decoder.lm_head.weight.device
 
     def _requests(
-        self, parts: Sequence[Any], to: str, n: int, seed: int | None, overrides: dict[str, Any], max_tokens: int | None, first: int = 0
+        self,
+        parts: Sequence[Any],
+        to: str,
+        n: int,
+        seed: int | None,
+        overrides: dict[str, Any],
+        max_tokens: int | None,
+        first: int = 0,
     ) -> list[Request]:
         if n < 1:
             raise PlaitError(f"n: {n} must be at least 1")
@@ -198,8 +207,8 @@ class Model:
         least = 1 if to == "interleaved" else self.grammar.form(to).least - 1
         if room < least:
             raise PlaitError(
-                f"prompt: {len(prompt)} tokens of a context of {self.context} leave {room} for {to}, which needs at least "
-                f"{least}; shorten the prompt or raise max_tokens"
+                f"prompt: {len(prompt)} tokens of a context of {self.context} leave {room} for {to}, which needs at "
+                f"least {least}; shorten the prompt or raise max_tokens"
             )
         # <eos> closes the cursor's budget; a single medium is finished before it.
         budget = len(ids) - 1 + room + (to != "interleaved")

@@ -41,6 +41,26 @@ class Packing:
         return cls(gather, step < lengths[:, None])
 
 
+@dataclass
+class Cached:
+    """A place in the KV cache.
+
+    Attributes:
+        cache: to write to and attend over.
+        positions: int64 ``[B, T]`` of the new tokens.
+        mask: bool ``[B, 1, T, used]`` of what each may see; None when all may see all.
+        used: slots in use.
+    """
+
+    cache: KVCache
+    positions: Tensor
+    mask: Tensor | None
+    used: int
+
+
+Where = Packing | Cached
+
+
 class Attention(nn.Module):
     """Self-attention over ``[B, T, width]``."""
 
@@ -55,22 +75,20 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], where: Packing | tuple[KVCache, Tensor, Tensor | None, int]
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], where: Where) -> Tensor:
         """Attend.
 
         Args:
             x: ``[B, T, width]``.
             table: rotary cosines and sines ``[B, T, head_size / 2]``.
-            where: the packing (training), or cache, positions ``[B, T]``, mask and used slots (generation).
+            where: the packing in training, the place in the cache in generation.
         """
         q = self.q_norm(rearrange(self.q_proj(x), "b t (n d) -> b t n d", n=self.heads))
         k = self.k_norm(rearrange(self.k_proj(x), "b t (n d) -> b t n d", n=self.kv_heads))
         v = rearrange(self.v_proj(x), "b t (n d) -> b t n d", n=self.kv_heads)
         q, k = rotate(q, table), rotate(k, table)
-        attend = self._packed if isinstance(where, Packing) else self._cached
-        return self.o_proj(rearrange(attend(q, k, v, where), "b t n d -> b t (n d)"))
+        out = self._packed(q, k, v, where) if isinstance(where, Packing) else self._cached(q, k, v, where)
+        return self.o_proj(rearrange(out, "b t n d -> b t (n d)"))
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         rows = len(q)
@@ -78,10 +96,9 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, self._spread(k), self._spread(v), is_causal=True)
         return rearrange(out.transpose(1, 2)[packing.valid], "(b t) n d -> b t n d", b=rows)
 
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, where: tuple[KVCache, Tensor, Tensor | None, int]) -> Tensor:
-        cache, positions, mask, used = where
-        k, v = cache.update(self.layer, k, v, positions, used)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), self._spread(k), self._spread(v), attn_mask=mask)
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, at: Cached) -> Tensor:
+        k, v = at.cache.update(self.layer, k, v, at.positions, at.used)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), self._spread(k), self._spread(v), attn_mask=at.mask)
         return out.transpose(1, 2)
 
     def _spread(self, x: Tensor) -> Tensor:

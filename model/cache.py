@@ -19,7 +19,12 @@ class KVCache:
     """
 
     def __init__(
-        self, config: DecoderConfig, rows: int, capacity: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        config: DecoderConfig,
+        rows: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         shape = (config.layers, rows, config.kv_heads, capacity, config.head_size)
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.errors import PlaitError
-from plait.model.attention import Attention, Packing
+from plait.model.attention import Attention, Cached, Packing, Where
 from plait.model.cache import KVCache
 from plait.model.config import DecoderConfig
 from plait.model.loss import LossSums, Targets, next_token_loss
@@ -28,6 +28,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, width]`` → the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -42,9 +43,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], where: Packing | tuple[KVCache, Tensor, Tensor | None, int]
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], where: Where) -> Tensor:
+        """``[B, T, width]`` → the same shape; the other arguments are `Attention`'s."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), table, where))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         return self.lm_head(chosen).float()
 
     def _hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
-        where: Packing | tuple[KVCache, Tensor, Tensor | None, int]
+        where: Where
         if cache is None:
             where = Packing.of(positions)
         else:
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
             if used > cache.capacity:
                 raise PlaitError(f"generation: position {used - 1} is beyond the cache's {cache.capacity} slots")
             seen = torch.arange(used, device=tokens.device) <= positions[:, None, :, None]
-            where = (cache, positions, None if bool(seen.all()) else seen, used)
+            where = Cached(cache, positions, None if bool(seen.all()) else seen, used)
         table = rotary_table(positions, self.config.head_size, self.config.rope_theta)
         x = self.dropout(self.embed_tokens(tokens))
         for block in self.layers:

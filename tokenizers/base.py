@@ -121,7 +121,7 @@ def check_codes(codes: Tensor, codebook_size: int) -> None:
     """
     if codes.dtype.is_floating_point or codes.dtype == torch.bool:
         raise PlaitError(f"codes: dtype is {codes.dtype}, expected integers")
-    if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < codebook_size):
+    if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < codebook_size):
         raise PlaitError(
             f"codes: found {int(codes.min())}..{int(codes.max())}, this tokenizer has codes 0..{codebook_size - 1}; "
             "were they made by another tokenizer?"
@@ -202,6 +202,7 @@ def load_weights(module: nn.Module, path: Path, tied: tuple[str, ...] = ()) -> N
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise PlaitError(
-                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, config.json says {tuple(expected[name].shape)}"
+                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, "
+                f"config.json says {tuple(expected[name].shape)}"
             )
     module.load_state_dict(tensors, strict=not tied)

@@ -7,9 +7,9 @@ outermost first, and the mark that follows each step along an axis. An image is:
 
 where H and W are number tokens. A modality without axes (text) has a free length and ends with its end token.
 
-From the declaration come the writer (`Grammar.write`), the parser (`Grammar.parse`), the logits mask (`Cursor.allowed`),
-the loss mask (`Grammar.choices`) and the length budget (`Grammar.length`, and the mask, which lets nothing begin that
-cannot end in time). What is sampled under the mask parses.
+From the declaration come the writer (`Grammar.write`), the parser (`Grammar.parse`), the logits mask
+(`Cursor.allowed`), the loss mask (`Grammar.choices`) and the length budget (`Grammar.length`, and the mask, which lets
+nothing begin that cannot end in time). What is sampled under the mask parses.
 """
 
 from collections.abc import Sequence
@@ -123,8 +123,10 @@ class Grammar:
             names = "×".join(axis.name for axis in axes) or "length"
             raise PlaitError(f"{span.modality}: codes have shape {shape}, expected {names}, each 1 to {NUMBERS - 1}")
         codes = span.codes.to(torch.int64)
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < len(form.codes)):
-            raise PlaitError(f"{span.modality}: codes {int(codes.min())}..{int(codes.max())} do not fit a block of {len(form.codes)}")
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < len(form.codes)):
+            raise PlaitError(
+                f"{span.modality}: codes {int(codes.min())}..{int(codes.max())} do not fit a block of {len(form.codes)}"
+            )
         ids = torch.tensor(form.template(shape))
         ids[ids == _CODE] = codes.flatten() + form.codes.start
         return ids
@@ -156,7 +158,9 @@ class Grammar:
             if cursor.done:
                 raise PlaitError(f"token {position}: {self._name(ids, position)} after {EOS}")
             if not cursor.allows(token):
-                raise PlaitError(f"token {position}: {self._name(ids, position)} where {cursor.expectation} is expected")
+                raise PlaitError(
+                    f"token {position}: {self._name(ids, position)} where {cursor.expectation} is expected"
+                )
             cursor.push(token)
         if not cursor.done:
             raise PlaitError(f"document ends after {len(ids)} tokens, {cursor.expectation} is missing")
@@ -244,5 +248,7 @@ class Cursor:
         """What may come next, in words."""
         names = self.grammar.vocabulary
         ranges = [ids for ids in self.allowed() if len(ids)]
-        parts = [names.describe(r[0]) if len(r) == 1 else f"{names.describe(r[0])}–{names.describe(r[-1])}" for r in ranges]
+        parts = [
+            names.describe(r[0]) if len(r) == 1 else f"{names.describe(r[0])}–{names.describe(r[-1])}" for r in ranges
+        ]
         return " or ".join(parts) or "nothing"

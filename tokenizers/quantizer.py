@@ -45,6 +45,13 @@ class FiniteScalarQuantizer(nn.Module):
             self.register_buffer(name, value, persistent=False)
         self._library: Any = None
 
+    _half: Tensor
+    _offset: Tensor
+    _shift: Tensor
+    _half_width: Tensor
+    _count: Tensor
+    _place: Tensor
+
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize for training, with straight-through gradients.
 

@@ -72,7 +72,9 @@ class TextTokenizer(Tokenizer):
             )  # fmt: skip
         except (RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise PlaitError(f"vocabulary_size: {vocabulary_size} pieces cannot be learned from this text ({reason})") from None
+            raise PlaitError(
+                f"vocabulary_size: {vocabulary_size} pieces cannot be learned from this text ({reason})"
+            ) from None
         return cls(written.getvalue())
 
     @property
@@ -94,7 +96,9 @@ class TextTokenizer(Tokenizer):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise PlaitError(f"text: character {error.start} is half of a surrogate pair; decode the text properly first") from None
+            raise PlaitError(
+                f"text: character {error.start} is half of a surrogate pair; decode the text properly first"
+            ) from None
         ids: list[int] = []
         for i, part in enumerate(text.split(_SPACE)):
             ids += self._escape if i else []

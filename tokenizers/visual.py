@@ -57,7 +57,12 @@ class VisualConfig:
     temporal_factor: int = 1
 
     def __post_init__(self) -> None:
-        if self.patch < 1 or not self.widths or min(self.widths) < 1 or min(self.encoder_blocks, self.decoder_blocks) < 0:
+        if (
+            self.patch < 1
+            or not self.widths
+            or min(self.widths) < 1
+            or min(self.encoder_blocks, self.decoder_blocks) < 0
+        ):
             raise PlaitError("visual tokenizer: patch and widths must be positive, block counts not negative")
         if self.temporal_factor != 1:
             raise PlaitError(f"visual tokenizer: temporal_factor is {self.temporal_factor}, only 1 is supported")
@@ -84,6 +89,7 @@ class ResidualBlock(nn.Module):
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` → the same shape."""
         h = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(h)))
 
@@ -109,6 +115,7 @@ class Encoder(nn.Module):
         self.shortcut = nn.Conv2d(3, latent, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pixels → latents."""
         colour = F.avg_pool2d(x, self.factor)
         return self.head(F.silu(self.norm(self.body(x)))) + self.shortcut(colour)
 
@@ -134,6 +141,7 @@ class Decoder(nn.Module):
         self.shortcut = nn.Conv2d(len(config.levels), 3, 1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Latents → pixels."""
         colour = F.interpolate(self.shortcut(z), scale_factor=self.factor, mode="bicubic")
         return self.head(F.silu(self.norm(self.body(z)))) + colour
 
@@ -222,7 +230,9 @@ class VisualTokenizer(nn.Module, Tokenizer):
         """
         if isinstance(codes, Codes):
             if codes.fingerprint not in (None, self.fingerprint):
-                raise PlaitError("codes: made by another tokenizer (fingerprints differ); decode with the one that encoded")
+                raise PlaitError(
+                    "codes: made by another tokenizer (fingerprints differ); decode with the one that encoded"
+                )
             size = size or codes.size
             codes = codes.codes
         if codes.ndim not in (3, 4) or 0 in codes.shape:
@@ -268,7 +278,9 @@ class VisualTokenizer(nn.Module, Tokenizer):
         load_weights(tokenizer, folder / "model.safetensors")
         tokenizer.eval().requires_grad_(False)
         if fingerprint != tokenizer.fingerprint:
-            raise PlaitError(f"{folder}: the weights do not give the stored fingerprint; the folder is damaged, copy it again")
+            raise PlaitError(
+                f"{folder}: the weights do not give the stored fingerprint; the folder is damaged, copy it again"
+            )
         return tokenizer
 
     def _pad(self, pixels: Tensor) -> Tensor:

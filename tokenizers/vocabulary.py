@@ -127,11 +127,15 @@ class Vocabulary:
         start = 0
         for block in vocabulary.blocks:
             if block.start != start or block.size < 1 or (block.tokens and len(block.tokens) != block.size):
-                raise PlaitError(f"{path}: block {block.name!r} overlaps, leaves a gap or is mis-sized; restore the file")
+                raise PlaitError(
+                    f"{path}: block {block.name!r} overlaps, leaves a gap or is mis-sized; restore the file"
+                )
             start += block.size
         for name, entry in vocabulary.modalities.items():
             if unknown := [b for b in entry.blocks if b not in vocabulary._by_name]:
-                raise PlaitError(f"{path}: modality {name!r} uses block {unknown[0]!r}, which is not there; restore the file")
+                raise PlaitError(
+                    f"{path}: modality {name!r} uses block {unknown[0]!r}, which is not there; restore the file"
+                )
         return vocabulary
 
     def _content(self) -> dict[str, Any]:

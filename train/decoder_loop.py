@@ -107,7 +107,9 @@ def train_step(
     weight = torch.stack([batch.targets.weights.sum() for batch in micro_batches]).sum()
     total = float(engine.total(weight.double().reshape(1)))
     if total == 0:
-        raise PlaitError("sequence: no token of this step carries loss; check loss_weights, context_loss and the documents' loss flags")
+        raise PlaitError(
+            "sequence: no token of this step carries loss; check loss_weights, context_loss and the data's loss flags"
+        )
     # Weighted loss, then per group: sum of losses and count.
     sums = torch.zeros(1 + 2 * len(groups), dtype=torch.float64, device=engine.device)
     for batch in micro_batches:

@@ -66,7 +66,7 @@ def raw_parts(sample: dict[str, Any]) -> tuple[list[Part], bool, dict[str, Any]]
     for row in rows:
         named = [m for m in MODALITIES if m in row]
         if len(named) != 1:
-            raise PlaitError(f"{key}.json: part {row} names {'no' if not named else 'more than one'} modality of {', '.join(MODALITIES)}")
+            raise PlaitError(f"{key}.json: part {row} must name one modality of {', '.join(MODALITIES)}")
         modality = named[0]
         data = str(row[modality]).encode() if modality == "text" else sample.get(str(row[modality]))
         if data is None:
@@ -101,12 +101,19 @@ def unpack_document(sample: dict[str, Any]) -> TokenDocument:
         head = json.loads(sample["json"])
         codes = load(sample["safetensors"])
         spans = [
-            Span(row["modality"], codes[str(i)].long(), row.get("loss", True), tuple(row["time"]) if "time" in row else None)
+            Span(
+                row["modality"],
+                codes[str(i)].long(),
+                row.get("loss", True),
+                tuple(row["time"]) if "time" in row else None,
+            )
             for i, row in enumerate(head["spans"])
         ]
         return TokenDocument(spans, head["ordered"], head.get("facts", {}))
     except (KeyError, ValueError, TypeError, SafetensorError) as error:
-        raise PlaitError(f"{sample.get('__key__')}: not a tokenized document ({error!r}); tokenize the shard again") from None
+        raise PlaitError(
+            f"{sample.get('__key__')}: not a tokenized document ({error!r}); tokenize the shard again"
+        ) from None
 
 
 def count_codes(spans: Sequence[Span]) -> dict[str, int]:

@@ -49,8 +49,8 @@ def accumulation_steps(recipe: DecoderRecipe, world_size: int) -> int:
         raise PlaitError(f"global_batch: {recipe.global_batch} is not a multiple of micro_batch ({recipe.micro_batch})")
     if micro_batches % recipe.streams or recipe.streams % world_size:
         raise PlaitError(
-            f"streams: {micro_batches} micro-batches a step, {recipe.streams} streams and {world_size} processes do not "
-            "divide; make global_batch / micro_batch a multiple of streams, and streams a multiple of the processes"
+            f"streams: {micro_batches} micro-batches a step, {recipe.streams} streams and {world_size} processes do "
+            "not divide; make global_batch / micro_batch a multiple of streams, and streams a multiple of the processes"
         )
     return micro_batches // world_size
 
@@ -65,7 +65,9 @@ class Engine:
         world_size: number of processes.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, recipe: DecoderRecipe, world_size: int) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, recipe: DecoderRecipe, world_size: int
+    ) -> None:
         import deepspeed
 
         self._deepspeed = deepspeed
@@ -79,7 +81,11 @@ class Engine:
             "zero_optimization": {"stage": recipe.parallel.zero},
             "bf16": {"enabled": recipe.parallel.dtype == "bfloat16"},
             "steps_per_print": 1 << 40,
-            "tensorboard": {"enabled": True, "output_path": str(Path(recipe.out) / "tensorboard"), "job_name": "decoder"},
+            "tensorboard": {
+                "enabled": True,
+                "output_path": str(Path(recipe.out) / "tensorboard"),
+                "job_name": "decoder",
+            },
         }
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.zero = recipe.parallel.zero
@@ -140,9 +146,10 @@ class Engine:
         try:
             path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         except (OSError, RuntimeError, KeyError, AssertionError) as error:
-            raise PlaitError(f"{folder / tag}: checkpoint cannot be read ({str(error).splitlines()[0]}); remove it to go on from the one before") from None
+            reason = str(error).splitlines()[0]
+            raise PlaitError(f"{folder / tag}: checkpoint cannot be read ({reason}); remove it to go on") from None
         if path is None:
-            raise PlaitError(f"{folder / tag}: checkpoint is incomplete; remove it to go on from the one before")
+            raise PlaitError(f"{folder / tag}: checkpoint is incomplete; remove it to go on")
 
     def weights(self) -> dict[str, Tensor]:
         """The module's whole state dict on the CPU, in float32 where a float32 master exists; a collective call."""

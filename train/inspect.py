@@ -65,7 +65,8 @@ def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str
             shown.append((images[0], texts[0] if texts else ""))
     facts = {
         "kind": manifest["kind"], "shards": len(manifest["shards"]),
-        "samples": sum(row["samples"] for row in manifest["shards"]), "bytes": sum(row["bytes"] for row in manifest["shards"]),
+        "samples": sum(row["samples"] for row in manifest["shards"]),
+        "bytes": sum(row["bytes"] for row in manifest["shards"]),
         "media": counts, "sizes": {k: n for k, n in sorted(sizes.items(), key=lambda kv: -kv[1])[:10] if n},
         "text_length_median": statistics.median(lengths) if lengths else 0, "licenses": licences, "broken": broken,
         "captions": captions[:8],
@@ -105,7 +106,8 @@ def _token_media(document: TokenDocument, tokenizers: dict[str, Any]) -> tuple[l
 
 def _as_text(folder: Path, facts: dict[str, Any]) -> str:
     lines = [
-        f"{folder}: {facts['samples']} samples in {facts['shards']} {facts['kind']} shards, {facts['bytes'] / 1e6:.1f} MB",
+        f"{folder}: {facts['samples']} samples, {facts['shards']} {facts['kind']} shards, "
+        f"{facts['bytes'] / 1e6:.1f} MB",
         "media     " + ", ".join(f"{n} {modality}" for modality, n in facts["media"].items()),
         "sizes     " + ", ".join(f"{size} ({n})" for size, n in facts["sizes"].items()),
         "licences  " + ", ".join(f"{name} ({n})" for name, n in facts["licenses"].items()),

@@ -50,7 +50,9 @@ def open_loader(
         PlaitError: a folder is missing or incomplete, or the streams cannot be divided.
     """
     if streams % world_size:
-        raise PlaitError(f"streams: {streams} cannot be divided over {world_size} processes; set streams to a multiple of it")
+        raise PlaitError(
+            f"streams: {streams} cannot be divided over {world_size} processes; set streams to a multiple of it"
+        )
     manifests = [read_manifest(Path(folder), kind) for folder in folders]
     if not manifests:
         raise PlaitError("shards: names no folder")

@@ -52,13 +52,16 @@ def pack(source: Path, out: Path, samples_per_shard: int = 2000) -> PackReport:
     if not samples:
         raise PlaitError(f"{source}: nothing to pack; expected files ending in {', '.join(sorted(SUFFIXES))}")
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for start in range(0, len(samples), samples_per_shard):
         path = out / shard_name(len(rows))
         chunk = samples[start : start + samples_per_shard]
         with shard_writer(path) as write:
             for key, members in chunk:
-                write({"__key__": key} | {ext: c if isinstance(c, bytes) else c.read_bytes() for ext, c in members.items()})
+                write(
+                    {"__key__": key}
+                    | {ext: c if isinstance(c, bytes) else c.read_bytes() for ext, c in members.items()}
+                )
         rows.append({"name": path.name, "samples": len(chunk), "bytes": path.stat().st_size})
         report.bytes += rows[-1]["bytes"]
     write_manifest(out, "raw", rows)
@@ -91,7 +94,9 @@ def _from_manifest(source: Path, manifest: Path, report: PackReport) -> Iterator
                 report.skipped.append(f"{where}: {name} lies outside {source}")
                 continue
             if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-                report.skipped.append(f"{where}: {name} " + ("is not a known media file" if path.is_file() else "does not exist"))
+                report.skipped.append(
+                    f"{where}: {name} " + ("is not a known media file" if path.is_file() else "does not exist")
+                )
                 continue
             members[path.suffix.lower()[1:]] = path
         if text is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plait.errors import PlaitError
@@ -69,7 +69,9 @@ class VisualTokenizerRecipe:
         image_size: images are scaled to cover a square of this side and cropped to it.
         batch_size: images per optimizer step.
         steps: optimizer steps.
-        l1, l2, log_l2: weights of the absolute error, the squared error and the logarithm of each image's squared error.
+        l1: weight of the absolute error.
+        l2: weight of the squared error.
+        log_l2: weight of the logarithm of each image's squared error.
         flip: mirror half of the images.
         ema: decay of the averaged weights, which are what is evaluated and saved.
         eval_every: steps between evaluations and checkpoints.
@@ -194,7 +196,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), kinds: Sequence[str] =
         content = OmegaConf.create(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PlaitError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
-    kind = content.get("kind") if OmegaConf.is_dict(content) else None
+    kind = str(content.get("kind")) if isinstance(content, DictConfig) else "missing"
     if kind not in kinds:
         raise PlaitError(f"{path}: kind is {kind!r}, this command runs {' or '.join(map(repr, kinds))}")
     for override in overrides:
@@ -255,7 +257,16 @@ def _known_keys(config: Any, prefix: str = "") -> list[str]:
 
 def _check(recipe: Recipe, path: Path) -> None:
     """Refuse values that would fail late or silently do nothing."""
-    for name in ("steps", "batch_size", "global_batch", "micro_batch", "streams", "save_every", "eval_every", "log_every"):
+    for name in (
+        "steps",
+        "batch_size",
+        "global_batch",
+        "micro_batch",
+        "streams",
+        "save_every",
+        "eval_every",
+        "log_every",
+    ):
         if getattr(recipe, name, 1) < 1:
             raise PlaitError(f"{path}: {name} is {getattr(recipe, name)}, it must be at least 1")
     if getattr(recipe, "store", "float32") not in ("float32", "bfloat16"):

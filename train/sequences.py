@@ -95,7 +95,8 @@ def pack_sequences(sequences: list[Sequence], length: int, pad: int) -> dict[str
     """Lay documents end to end; the rest is padding without loss. Each value is ``[length]``."""
     packed = {
         "tokens": torch.full((length,), pad), "positions": torch.zeros(length, dtype=torch.int64),
-        "next": torch.full((length,), pad), "weights": torch.zeros(length), "groups": torch.zeros(length, dtype=torch.int64),
+        "next": torch.full((length,), pad), "weights": torch.zeros(length),
+        "groups": torch.zeros(length, dtype=torch.int64),
     }  # fmt: skip
     start = 0
     for sequence in sequences:
@@ -137,7 +138,9 @@ class SequenceEncoder(TaskEncoder[Any, Any, Any, Any]):
         draw = random.Random(hashlib.sha256(f"{self.seed}/{key}/{turn}".encode()).digest())
         sequence = encode(arrange(unpack_document(sample), self.config, draw), self.grammar)
         if len(sequence.ids) > self.config.length:
-            print(f"skipped {key}: {len(sequence.ids)} tokens do not fit sequence.length {self.config.length}", flush=True)
+            print(
+                f"skipped {key}: {len(sequence.ids)} tokens do not fit sequence.length {self.config.length}", flush=True
+            )
             raise SkipSample
         return {**{k: v for k, v in sample.items() if k.startswith("__")}, "sequence": sequence}
 
@@ -155,6 +158,8 @@ class SequenceEncoder(TaskEncoder[Any, Any, Any, Any]):
     @stateless
     def batch(self, samples: list[Any]) -> Batch:
         """Stack sequences."""
-        stacked = {k: torch.stack([s[k] for s in samples]) for k in ("tokens", "positions", "next", "weights", "groups")}
+        stacked = {
+            k: torch.stack([s[k] for s in samples]) for k in ("tokens", "positions", "next", "weights", "groups")
+        }
         targets = Targets(stacked["next"], stacked["weights"], stacked["groups"], len(self.grammar.forms))
         return Batch(stacked["tokens"], stacked["positions"], targets)

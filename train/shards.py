@@ -37,7 +37,9 @@ def shard_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
             yield writer.write
         temporary.replace(path)
     except OSError as error:
-        raise PlaitError(f"{path}: cannot write ({error.strerror or error}); free some space or choose another folder") from None
+        raise PlaitError(
+            f"{path}: cannot write ({error.strerror or error}); free some space or choose another folder"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -98,7 +100,9 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
         if not path.is_file():
             raise PlaitError(f"{path}: shard is missing; restore it or make the folder again")
         if path.stat().st_size != row["bytes"]:
-            raise PlaitError(f"{path}: shard has {path.stat().st_size} bytes, the manifest says {row['bytes']}; restore it")
+            raise PlaitError(
+                f"{path}: shard has {path.stat().st_size} bytes, the manifest says {row['bytes']}; restore it"
+            )
     return manifest
 
 

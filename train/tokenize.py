@@ -38,7 +38,11 @@ _tokenizers: dict[str, Any] = {}  # of a worker process, loaded once
 
 
 def tokenize(
-    shards: Path, out: Path, tokenizers: str, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    shards: Path,
+    out: Path,
+    tokenizers: str,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TokenizeReport:
     """Tokenize a folder of raw shards.
 
@@ -84,8 +88,12 @@ def tokenize(
         for modality, count in row["codes"].items():
             report.codes[modality] = report.codes.get(modality, 0) + count
     if not report.samples:
-        raise PlaitError(f"{shards}: no sample could be tokenized; the first: {report.skipped[0] if report.skipped else 'none'}")
-    write_manifest(out, "tokens", [{k: v for k, v in r.items() if k != "tokenizers"} for r in rows if r], tokenizers=fingerprints)
+        raise PlaitError(
+            f"{shards}: no sample could be tokenized; the first: {report.skipped[0] if report.skipped else 'none'}"
+        )
+    write_manifest(
+        out, "tokens", [{k: v for k, v in r.items() if k != "tokenizers"} for r in rows if r], tokenizers=fingerprints
+    )
     return report
 
 
@@ -96,7 +104,9 @@ def _finished(out: Path, name: str, fingerprints: dict[str, str]) -> dict[str, A
         return None
     row = read_json(row_file)
     if row["tokenizers"] != fingerprints:
-        raise PlaitError(f"{out / name}: was made with other tokenizers (fingerprints differ); use a new folder or remove {out}")
+        raise PlaitError(
+            f"{out / name}: was made with other tokenizers (fingerprints differ); use a new folder or remove {out}"
+        )
     return row
 
 

@@ -83,7 +83,13 @@ def train_visual(recipe: VisualTokenizerRecipe) -> VisualTokenizer:
     heldout = load_heldout(recipe)
     encoder = ImageEncoder(recipe.image_size, recipe.flip, recipe.seed)
     loader = open_loader(
-        recipe.shards, encoder, kind="raw", scratch=out, batch_size=recipe.batch_size, seed=recipe.seed, shuffle_buffer=5000
+        recipe.shards,
+        encoder,
+        kind="raw",
+        scratch=out,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        shuffle_buffer=5000,
     )
     model = VisualTokenizer(recipe.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model).requires_grad_(False)
@@ -161,7 +167,8 @@ def evaluate(tokenizer: VisualTokenizer, images: Tensor, batch: int = 64) -> tup
         code as the yardstick, and a contact sheet of originals above reconstructions.
     """
     use = CodebookUse(tokenizer.codebook_sizes[0])
-    scores, thumbnails, rows = [], [], []
+    scores, thumbnails = [], []
+    rows: list[Image.Image] = []
     for chunk in images.split(batch):
         pixels = chunk.float() / 127.5 - 1
         codes = tokenizer.encode(pixels)
@@ -173,7 +180,12 @@ def evaluate(tokenizer: VisualTokenizer, images: Tensor, batch: int = 64) -> tup
         if len(rows) < 64:
             rows += [to_image(x) for pair in zip(pixels, decoded, strict=True) for x in pair]
     shown = rows[:64]
-    ordered = [shown[i] for r in range(0, len(shown), 16) for start in (r, r + 1) for i in range(start, min(r + 16, len(shown)), 2)]
+    ordered = [
+        shown[i]
+        for r in range(0, len(shown), 16)
+        for start in (r, r + 1)
+        for i in range(start, min(r + 16, len(shown)), 2)
+    ]
     figures = {
         "heldout_psnr": float(torch.cat(scores).mean()),
         "thumbnail_psnr": float(torch.cat(thumbnails).mean()),

@@ -3,8 +3,8 @@
 Run by ``fetch_demo.sh``; needs only resvg-py, so that the data can be made before plait is installed.
 
 Skin-tone variants are left out: they are half of the pictures and near-copies. A *concept* folds what differs only in
-gender, and a concept is in one split in every style: held-out figures are about concepts never seen. The split is 90/10 by a hash of the concept, so it does not move when the
-packages grow.
+gender, and a concept is in one split in every style: held-out figures are about concepts never seen. The split is
+90/10 by a hash of the concept, so it does not move when the packages grow.
 """
 
 import hashlib

@@ -29,7 +29,7 @@ _HOME = {
     "load": "plait.infer.pipeline",
     "load_tokenizer": "plait.tokenizers.loading",
 }
-__all__ = list(_HOME)  # noqa: PLE0604
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -40,9 +40,13 @@ def demo(
 
 @app.command()
 def generate(
-    parts: Annotated[list[str], typer.Argument(metavar="PART...", help="Text, or the path of a media file; the order is the prompt.")],
+    parts: Annotated[
+        list[str], typer.Argument(metavar="PART...", help="Text, or the path of a media file; the order is the prompt.")
+    ],
     to: Annotated[str, typer.Option(help="text, image, audio, video or interleaved.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; text goes to stdout without it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="File to write; text goes to stdout without it.")
+    ] = None,
     model: ModelName = "plait-tiny",
     seed: Annotated[int | None, typer.Option(help="Same seed, same result.")] = None,
     n: Annotated[int | None, typer.Option("-n", help="How many; files are numbered.")] = None,
@@ -57,7 +61,13 @@ def generate(
     """Generate text or media from text and media."""
     from plait.infer.command import generate_files
 
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance, "max_tokens": max_tokens}
+    settings = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "guidance": guidance,
+        "max_tokens": max_tokens,
+    }
     written = generate_files(parts, to, out, model, seed, n, stream, settings)
     if to == "text" and out is None:
         report(as_json, {"text": written}, "" if stream else "\n".join(written))
@@ -68,7 +78,9 @@ def generate(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A path, or a shipped recipe such as tiny/decoder.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a decoder; alone, or under torchrun or deepspeed."""
@@ -84,7 +96,9 @@ def train(
 @tokenizer.command("train")
 def tokenizer_train(
     recipe: Annotated[str, typer.Argument(help="A path, or a shipped recipe such as tiny/image.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a text or visual tokenizer."""
@@ -151,7 +165,8 @@ def data_tokenize(
     for line in made.skipped:
         print(f"skipped {line}", file=sys.stderr)
     codes = ", ".join(f"{count} {modality} codes" for modality, count in made.codes.items())
-    text = f"tokenized {made.samples} samples ({codes}) in {made.shards} shards, {made.reused} of them done before, skipped {len(made.skipped)}"
+    text = f"tokenized {made.samples} samples ({codes}) in {made.shards} shards, skipped {len(made.skipped)}"
+    text += f"; {made.reused} shards were done before" if made.reused else ""
     report(as_json, vars(made), text)
 
 
