@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from plait.errors import PlaitError
+from plait.infer.sampling import Sampling
 from plait.model.config import DecoderConfig
 from plait.model.decoder import Decoder
 from plait.tokenizers.base import (
@@ -23,6 +23,7 @@ from plait.tokenizers.base import (
     load_weights,
     read_json,
     write_json,
+    write_tensors,
 )
 from plait.tokenizers.loading import load_tokenizers
 from plait.tokenizers.vocabulary import Vocabulary
@@ -73,10 +74,8 @@ def save_bundle(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
-    save_file(
-        {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items() if name not in tied},
-        temporary / "model.safetensors",
-    )
+    stored = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items() if name not in tied}
+    write_tensors(temporary / "model.safetensors", stored)
     write_json(
         temporary / "config.json",
         {
@@ -106,6 +105,8 @@ def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.fl
     check_format_version(content.get("format_version"), config_file)
     if missing := {"vocabulary", "decoder", "context"} - set(content):
         raise PlaitError(f"{config_file}: not a bundle; the entry {min(missing)!r} is missing")
+    if not isinstance(content["decoder"], dict) or not isinstance(content["context"], int):
+        raise PlaitError(f"{config_file}: decoder must be an object and context a whole number; restore the file")
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     if vocabulary.fingerprint != content["vocabulary"]:
         raise PlaitError(
@@ -129,6 +130,15 @@ def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.fl
     decoder = Decoder(config)
     load_weights(decoder, folder / "model.safetensors", tied=("lm_head.weight",) if config.tie_embeddings else ())
     decoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    generation = read_json(folder / "generation.json")
-    check_format_version(generation.pop("format_version", None), folder / "generation.json")
-    return Bundle(decoder, vocabulary, tokenizers, generation, int(content["context"]))
+    return Bundle(decoder, vocabulary, tokenizers, _load_generation(folder / "generation.json"), content["context"])
+
+
+def _load_generation(path: Path) -> dict[str, dict[str, Any]]:
+    generation = read_json(path)
+    check_format_version(generation.pop("format_version", None), path)
+    for modality, settings in generation.items():
+        try:
+            Sampling.of(settings)
+        except (PlaitError, TypeError) as error:  # TypeError: a value is not a number, or the settings no object
+            raise PlaitError(f"{path}: {modality}: {error}; mend the entry") from None
+    return generation

@@ -55,7 +55,7 @@ def generate_files(
     if stream and to in ("text", "interleaved") and n is None:
         results = [_streamed(model, parts, to, seed, settings)]
     else:
-        results = model.generate(*parts, to=to, n=n or 1, seed=seed, **settings)
+        results = model.generate(*parts, to=to, n=1 if n is None else n, seed=seed, **settings)
     if paths is None:
         return results
     for path, result in zip(paths, results, strict=True):

@@ -4,7 +4,6 @@
 them, and originals beside what the image tokenizer makes of them.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,11 @@ from PIL import Image, ImageDraw
 
 from plait.errors import PlaitError
 from plait.infer.document import write_file
-from plait.infer.pipeline import Model
+from plait.infer.evaluate import captioned_images
+from plait.infer.pipeline import Model, load
 from plait.tokenizers.loading import find_weights
-from plait.tokenizers.media import contact_sheet, read_image
+from plait.tokenizers.media import contact_sheet
 from plait.tokenizers.modalities import MODALITIES
-
-
-def examples(bundle: str) -> list[tuple[str, Image.Image]]:
-    """The captioned images that come with a bundle, in its ``examples`` folder.
-
-    Raises:
-        PlaitError: the bundle has none.
-    """
-    folder = find_weights(bundle) / "examples"
-    if not (folder / "manifest.jsonl").is_file():
-        raise PlaitError(f"{folder}: the bundle brings no examples to show")
-    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text("utf-8").splitlines()]
-    return [(row["caption"], read_image(folder / row["path"])) for row in rows]
 
 
 def gallery(model: Model, shown: list[tuple[str, Image.Image]], seed: int = 0) -> tuple[Image.Image, dict[str, Any]]:
@@ -67,10 +54,8 @@ def stack(parts: list[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def run_demo(bundle: str, out: Path) -> Path:
-    """Write ``out/gallery.png`` and return it."""
-    from plait.infer.pipeline import load
-
-    page, _ = gallery(load(bundle), examples(bundle))
+    """Write ``out/gallery.png`` from the examples that come with a bundle, and return it."""
+    page, _ = gallery(load(bundle), captioned_images(find_weights(bundle) / "examples"))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

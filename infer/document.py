@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from plait.errors import PlaitError
-from plait.tokenizers.media import Audio, Video, modality_of
+from plait.tokenizers.media import Audio, Video, modality_of, to_rgb
 from plait.tokenizers.modalities import MODALITIES
 
 Part = str | Path | Image.Image | Audio | Video
@@ -25,9 +26,16 @@ class Document:
         return iter(self.parts)
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``document.md`` and its media into a folder; returns the Markdown file."""
+        """Write ``document.md`` and its media into a folder; returns the Markdown file.
+
+        Raises:
+            PlaitError: the folder cannot be made or written to, or a part cannot be read.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlaitError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
         lines = []
         for number, (modality, medium) in enumerate(read_parts(self.parts), 1):
             if modality == "text":
@@ -43,6 +51,8 @@ class Document:
 def read_parts(parts: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """Parts → (modality, medium): strings are text, paths are read, documents are opened up.
 
+    Images become RGB on white, as those from files.
+
     Raises:
         PlaitError: a file cannot be read or is of no known kind, or a part is of no known type.
     """
@@ -52,7 +62,7 @@ def read_parts(parts: Iterable[Any]) -> Iterator[tuple[str, Any]]:
         elif isinstance(part, Path):
             yield read_file(part)
         elif isinstance(part, Image.Image):
-            yield "image", part
+            yield "image", to_rgb(part)
         elif isinstance(part, (Audio, Video)):
             yield type(part).__name__.lower(), part
         elif isinstance(part, Document):
@@ -94,4 +104,5 @@ def write_file(path: Path, data: bytes) -> None:
     except OSError as error:
         raise PlaitError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever made the write fail
+            temporary.unlink(missing_ok=True)

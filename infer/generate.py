@@ -24,6 +24,7 @@ class Request:
         prompt: ids, which ``cursor`` has taken already.
         cursor: says what may come next and when the document is done.
         sampling: settings by modality; a document may change modality on the way.
+        between: settings between spans, where the next modality or the end is chosen.
         generator: the request's own random numbers, on the CPU.
         unconditional: the prompt without its condition, for guidance; None turns guidance off.
         until_spans: stop when the document has this many spans; None goes on to its end.
@@ -35,6 +36,7 @@ class Request:
     generator: torch.Generator
     unconditional: list[int] | None = None
     until_spans: int | None = None
+    between: Sampling = Sampling()  # noqa: RUF009 (frozen)
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -43,9 +45,9 @@ class Request:
         return self.cursor.done or (self.until_spans is not None and len(self.cursor.spans) >= self.until_spans)
 
     def settings(self) -> Sampling:
-        """The settings in force: those of the open span, or plain sampling between spans."""
+        """The settings in force: those of the open span, or those between spans."""
         open_span = self.cursor.open
-        return self.sampling.get(open_span[0], Sampling()) if open_span else Sampling()
+        return self.sampling.get(open_span[0], Sampling()) if open_span else self.between
 
     def take(self, token: int) -> list[int]:
         """Take a token and those that the grammar forces after it; returns all of them."""
@@ -68,6 +70,8 @@ def generate(decoder: Decoder, requests: Sequence[Request]) -> Iterator[list[tup
     Yields:
         after each step, (index of the request, its new ids) for every request that was not done.
     """
+    if not requests:
+        return
     device = decoder.lm_head.weight.device
     guided = [r for r in requests if r.unconditional is not None]
     # Row i of the cache is request i; after them come the guided requests' unconditional rows.

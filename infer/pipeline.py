@@ -4,6 +4,7 @@ One prompt's way: parts → codes (the bundle's tokenizers) → ids (the grammar
 cursor) → media (the tokenizers again).
 """
 
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,10 @@ def load(name: str | Path = "plait-tiny", device: str = "cpu", dtype: torch.dtyp
         dtype: of the decoder's weights; tokenizers stay in float32.
 
     Raises:
-        PlaitError: not found, damaged or mismatched.
+        PlaitError: not found, damaged or mismatched, or no such device.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise PlaitError(f"device: {device} was asked for and PyTorch finds no GPU; use cpu")
     return Model(load_bundle(find_weights(name), device, dtype))
 
 
@@ -164,13 +167,23 @@ class Model:
         Args:
             parts: the prompt.
             target: one part.
+
+        Raises:
+            PlaitError: a part cannot be read, the model lacks a modality, ``target`` is not one part, or prompt and
+                target are longer than the context.
         """
         prompt = self._ids(parts)
-        span = self._span(*next(iter(read_parts([target]))))
-        ids = [*prompt, *self.grammar.write(span).tolist()]
+        targets = list(read_parts([target]))
+        if len(targets) != 1:
+            raise PlaitError(f"target: is a document of {len(targets)} parts; score one part")
+        ids = [*prompt, *self.grammar.write(self._span(*targets[0])).tolist()]
+        if len(ids) > self.context:
+            raise PlaitError(
+                f"target: takes {len(ids)} tokens with its prompt, the context is {self.context}; shorten one of them"
+            )
         tokens = torch.tensor([ids], device=self._device)
         logits = self.bundle.decoder(tokens, torch.arange(len(ids), device=self._device)[None])[0].float()
-        cursor = self._cursor(prompt, len(ids), [span.modality])
+        cursor = self._cursor(prompt, self.context)  # as in generation: the target's own length gives nothing away
         cursor.push(ids[len(prompt)])  # the target's begin token is given
         values = []
         for position in range(len(prompt) + 1, len(ids)):
@@ -214,7 +227,7 @@ class Model:
         budget = len(ids) - 1 + room + (to != "interleaved")
         guided = bool(parts) and to != "interleaved" and sampling[to].guidance != 1
         if seed is None:
-            seed = int(torch.seed())
+            seed = torch.Generator().seed()
         return [
             Request(
                 prompt=ids,
@@ -223,11 +236,12 @@ class Model:
                 generator=torch.Generator().manual_seed((seed + 1_000_003 * (first + i)) % (1 << 63)),
                 unconditional=[self.grammar.bos, *begin] if guided else None,
                 until_spans=None if to == "interleaved" else len(self._cursor(ids, budget).spans) + 1,
+                between=Sampling.of({}, **overrides),
             )
             for i in range(n)
         ]
 
-    def _cursor(self, ids: Sequence[int], budget: int, modalities: Sequence[str] | None = None) -> Cursor:
+    def _cursor(self, ids: Sequence[int], budget: int) -> Cursor:
         """A cursor that has taken ``ids``; ``budget`` counts them, without the first ``<bos>``."""
         cursor = Cursor(self.grammar, budget)
         for token in ids[1:]:

@@ -29,8 +29,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise PlaitError(f"temperature: {self.temperature} must be at least 0")
-        if self.top_k < 0:
-            raise PlaitError(f"top_k: {self.top_k} must be at least 0")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise PlaitError(f"top_k: {self.top_k} must be a whole number of at least 0")
         if not 0 < self.top_p <= 1:
             raise PlaitError(f"top_p: {self.top_p} must lie above 0 and not above 1")
         if not 0 <= self.guidance < float("inf"):
@@ -43,9 +43,9 @@ class Sampling:
         Raises:
             PlaitError: an unknown setting or a value out of range.
         """
-        unknown = set(settings) - {f.name for f in fields(cls)}
-        if unknown:
-            raise PlaitError(f"generation.json: unknown setting {min(unknown)!r}")
+        known = [f.name for f in fields(cls)]
+        if unknown := set(settings) - set(known):
+            raise PlaitError(f"unknown setting {min(unknown)!r}; the settings are {', '.join(known)}")
         return replace(cls(**settings), **{k: v for k, v in overrides.items() if v is not None})
 
 
@@ -69,7 +69,9 @@ def draw(logits: Tensor, settings: Sampling, generator: torch.Generator) -> int:
     """
     if settings.temperature == 0:
         return int(logits.argmax())
-    values, order = (logits.double().cpu() / settings.temperature).sort(descending=True, stable=True)
+    logits = logits.double().cpu()
+    # The highest logit is made 0 first, so that no temperature is too small to divide by.
+    values, order = ((logits - logits.max()) / settings.temperature).sort(descending=True, stable=True)
     if settings.top_k:
         values, order = values[: settings.top_k], order[: settings.top_k]
     cumulative = values.softmax(-1).cumsum(-1)

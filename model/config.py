@@ -36,10 +36,17 @@ class DecoderConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "kv_heads"):
+            if not isinstance(size := getattr(self, name), int) or size < 1:
+                raise PlaitError(f"decoder: {name} is {size!r}, must be a whole number of at least 1")
+        if not isinstance(self.ffn_width, int) or self.ffn_width < 0:
+            raise PlaitError(f"decoder: ffn_width is {self.ffn_width!r}, must be a whole number of at least 0")
+        if not (self.rope_theta > 0 and self.norm_eps > 0):
+            raise PlaitError(f"decoder: rope_theta ({self.rope_theta}) and norm_eps ({self.norm_eps}) must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise PlaitError(f"decoder: dropout is {self.dropout}, must be at least 0 and below 1")
         if not self.ffn_width:
             self.ffn_width = -(-8 * self.width // (3 * 64)) * 64
-        if min(self.width, self.layers, self.heads, self.kv_heads) < 1:
-            raise PlaitError("decoder: width, layers, heads and kv_heads must be at least 1")
         if self.width % (2 * self.heads):
             raise PlaitError(f"decoder: width {self.width} is not heads ({self.heads}) × an even head size")
         if self.heads % self.kv_heads:

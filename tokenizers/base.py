@@ -7,6 +7,7 @@ configuration) and ``model.safetensors``. It knows nothing of vocabularies, ids 
 import dataclasses
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from plait.errors import PlaitError
@@ -55,7 +56,7 @@ class Codes:
         """Write one safetensors file; what is not a tensor goes into its metadata."""
         tensors = {k: getattr(self, k).contiguous() for k in self._TENSORS if getattr(self, k) is not None}
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self._TENSORS}
-        save_file(tensors, path, metadata={"format_version": str(FORMAT_VERSION), "plait": json.dumps(plain)})
+        write_tensors(Path(path), tensors, {"format_version": str(FORMAT_VERSION), "plait": json.dumps(plain)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -73,10 +74,13 @@ class Codes:
         if "plait" not in metadata or "codes" not in tensors:
             raise PlaitError(f"{path}: holds no plait codes; write it with `plait tokenizer encode`")
         check_format_version(metadata.get("format_version"), path)
-        plain = json.loads(metadata["plait"])
-        if plain.get("size") is not None:
-            plain["size"] = tuple(plain["size"])
-        return cls(**tensors, **plain)
+        try:
+            plain = json.loads(metadata["plait"])
+            if plain.get("size") is not None:
+                plain["size"] = tuple(plain["size"])
+            return cls(**tensors, **plain)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise PlaitError(f"{path}: broken metadata ({error}); encode the original again") from None
 
 
 class Tokenizer(ABC):
@@ -113,17 +117,24 @@ def check_format_version(found: object, where: str | Path) -> None:
         )
 
 
-def check_codes(codes: Tensor, codebook_size: int) -> None:
-    """Refuse what is not int codes in ``[0, codebook_size)``.
+def check_codes(codes: Tensor, codebook_size: int, name: str = "codes") -> None:
+    """Refuse what is not int codes in ``[0, codebook_size)``; no codes at all are fine.
+
+    Args:
+        codes: of any shape.
+        codebook_size: the number of codes there are.
+        name: what to call them in errors.
 
     Raises:
         PlaitError: the dtype is not an integer, or a code is out of range.
     """
-    if codes.dtype.is_floating_point or codes.dtype == torch.bool:
-        raise PlaitError(f"codes: dtype is {codes.dtype}, expected integers")
-    if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < codebook_size):
+    if not codes.numel():
+        return
+    if codes.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise PlaitError(f"{name}: dtype is {codes.dtype}, expected integers such as torch.int64")
+    if int(codes.min()) < 0 or int(codes.max()) >= codebook_size:
         raise PlaitError(
-            f"codes: found {int(codes.min())}..{int(codes.max())}, this tokenizer has codes 0..{codebook_size - 1}; "
+            f"{name}: found {int(codes.min())}..{int(codes.max())}, this tokenizer has codes 0..{codebook_size - 1}; "
             "were they made by another tokenizer?"
         )
 
@@ -143,6 +154,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PlaitError(f"{path}: expected a JSON object")
     return content
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        PlaitError: the folder is missing or full, or may not be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(save(tensors, metadata))
+        temporary.replace(path)
+    except OSError as error:
+        raise PlaitError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

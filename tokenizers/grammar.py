@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import PlaitError
+from plait.tokenizers.base import check_codes
 from plait.tokenizers.modalities import MODALITIES, SpanGrammar
 from plait.tokenizers.vocabulary import BOS, EOS, NUMBERS, Vocabulary
 
@@ -114,30 +115,24 @@ class Grammar:
         """A span's ids, int64 ``[n]``.
 
         Raises:
-            PlaitError: unknown modality, a grid of the wrong rank or of a size numbers cannot name, or codes that the
-                modality's block does not have.
+            PlaitError: unknown modality, a grid of the wrong rank or of a size numbers cannot name, or codes that are
+                not integers or that the modality's block does not have.
         """
-        form, shape = self.form(span.modality), tuple(span.codes.shape)
-        axes = form.grammar.axes
-        if len(shape) != max(1, len(axes)) or (axes and not all(0 < n < NUMBERS for n in shape)):
-            names = "×".join(axis.name for axis in axes) or "length"
-            raise PlaitError(f"{span.modality}: codes have shape {shape}, expected {names}, each 1 to {NUMBERS - 1}")
-        codes = span.codes.to(torch.int64)
-        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < len(form.codes)):
-            raise PlaitError(
-                f"{span.modality}: codes {int(codes.min())}..{int(codes.max())} do not fit a block of {len(form.codes)}"
-            )
+        form, shape = self._form_and_shape(span)
+        check_codes(span.codes, len(form.codes), f"{span.modality} codes")
         ids = torch.tensor(form.template(shape))
-        ids[ids == _CODE] = codes.flatten() + form.codes.start
+        ids[ids == _CODE] = span.codes.flatten().to(torch.int64) + form.codes.start
         return ids
 
     def choices(self, span: Span) -> Tensor:
         """Bool ``[n]`` along `write`'s ids: True where the grammar leaves a choice; only those carry loss."""
-        return self.form(span.modality).choices(tuple(span.codes.shape))
+        form, shape = self._form_and_shape(span)
+        return form.choices(shape)
 
     def length(self, span: Span) -> int:
         """Tokens that the span takes."""
-        return self.form(span.modality).length(tuple(span.codes.shape))
+        form, shape = self._form_and_shape(span)
+        return form.length(shape)
 
     def document(self, spans: Sequence[Span]) -> Tensor:
         """``<bos>`` spans ``<eos>``, int64 ``[n]``."""
@@ -165,6 +160,15 @@ class Grammar:
         if not cursor.done:
             raise PlaitError(f"document ends after {len(ids)} tokens, {cursor.expectation} is missing")
         return cursor.spans
+
+    def _form_and_shape(self, span: Span) -> tuple[SpanForm, tuple[int, ...]]:
+        form, shape = self.form(span.modality), tuple(span.codes.shape)
+        axes = form.grammar.axes
+        if len(shape) != max(1, len(axes)) or (axes and not all(0 < n < NUMBERS for n in shape)):
+            names = " × ".join(axis.name for axis in axes)
+            expected = f"{names}, each 1 to {NUMBERS - 1}" if axes else "one dimension"
+            raise PlaitError(f"{span.modality} codes: shape is {shape}, expected {expected}")
+        return form, shape
 
     def _name(self, ids: Sequence[int], position: int) -> str:
         return self.vocabulary.describe(ids[position]) if position < len(ids) else "nothing"

@@ -7,6 +7,7 @@ from typing import Any
 
 from plait.errors import PlaitError
 from plait.tokenizers.base import read_json
+from plait.tokenizers.vocabulary import Vocabulary
 
 _CLASSES = {
     "text": "plait.tokenizers.text:TextTokenizer",
@@ -49,14 +50,14 @@ def load_tokenizer(name: str | Path, modality: str | None = None) -> Any:
     """
     folder = find_weights(name)
     if (folder / "vocabulary.json").is_file():
-        modalities = read_json(folder / "vocabulary.json").get("modalities", {})
+        modalities = Vocabulary.load(folder / "vocabulary.json").modalities
         if modality not in modalities:
             raise PlaitError(f"{folder}: is a bundle; name one of its modalities: {', '.join(modalities)}")
-        folder = folder / "tokenizers" / str(modalities[modality]["tokenizer"])
-    kind = read_json(folder / "config.json").get("tokenizer")
+        folder = folder / "tokenizers" / modalities[modality].tokenizer
+    kind = str(read_json(folder / "config.json").get("tokenizer"))
     if kind not in _CLASSES:
         raise PlaitError(f"{folder}/config.json: tokenizer is {kind!r}, this plait knows {', '.join(_CLASSES)}")
-    module, class_name = _CLASSES[str(kind)].split(":")
+    module, class_name = _CLASSES[kind].split(":")
     tokenizer = getattr(import_module(module), class_name).from_pretrained(folder)
     if modality is not None and modality not in tokenizer.modalities:
         raise PlaitError(f"{folder}: is a {kind} tokenizer, it has no {modality}")

@@ -22,6 +22,9 @@ class FiniteScalarQuantizer(nn.Module):
 
     Args:
         levels: values per channel, each at least 3; the codebook has their product of codes.
+
+    Raises:
+        PlaitError: a level below 3, or more codes than int32 can number, which is what the library uses.
     """
 
     # Raise it when a change moves indices or latents: it is part of every fingerprint.
@@ -32,23 +35,16 @@ class FiniteScalarQuantizer(nn.Module):
         super().__init__()
         if not levels or any(level < 3 for level in levels):
             raise PlaitError(f"quantizer levels: {list(levels)} must be integers of at least 3")
+        if math.prod(levels) >= 2**31:
+            raise PlaitError(f"quantizer levels: {list(levels)} give 2³¹ codes or more; use fewer or smaller levels")
         self.levels = tuple(levels)
         self.codebook_size = math.prod(levels)
-        count = torch.tensor(levels, dtype=torch.float32)
-        half = (count - 1) * (1 + self._EPS) / 2
-        offset = torch.where(count % 2 == 0, 0.5, 0.0)
+        # Integers only: casting the module to bfloat16 would round float constants and so move codes.
+        self.register_buffer("_count", torch.tensor(levels), persistent=False)
         place = torch.tensor([math.prod(levels[:i]) for i in range(len(levels))])
-        for name, value in {
-            "_half": half, "_offset": offset, "_shift": torch.atanh(offset / half),
-            "_half_width": count // 2, "_count": count.long(), "_place": place,
-        }.items():  # fmt: skip
-            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("_place", place, persistent=False)
         self._library: Any = None
 
-    _half: Tensor
-    _offset: Tensor
-    _shift: Tensor
-    _half_width: Tensor
     _count: Tensor
     _place: Tensor
 
@@ -72,11 +68,14 @@ class FiniteScalarQuantizer(nn.Module):
     def codes(self, z: Tensor) -> Tensor:
         """Latents ``[..., d]`` → codes int64 ``[...]``, computed in float32 under any autocast."""
         with torch.autocast(z.device.type, enabled=False):
-            bounded = torch.tanh(z.float() + self._shift) * self._half - self._offset
-            digits = bounded.round() + self._half_width
-            return (digits.long() * self._place).sum(-1)
+            half = (self._count.float() - 1) * (1 + self._EPS) / 2
+            offset = (self._count % 2 == 0) * 0.5
+            bounded = torch.tanh(z.float() + torch.atanh(offset / half)) * half - offset
+            digits = bounded.round().long() + self._count // 2
+            return (digits * self._place).sum(-1)
 
     def latents(self, codes: Tensor) -> Tensor:
         """Codes int ``[...]`` → latents float32 ``[..., d]`` in ``[-1, 1]``."""
         digits = codes.unsqueeze(-1) // self._place % self._count
-        return (digits - self._half_width) / self._half_width
+        half_width = (self._count // 2).float()
+        return (digits - half_width) / half_width

@@ -109,9 +109,11 @@ class TextTokenizer(Tokenizer):
         """Piece ids ``[n]`` → text; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            PlaitError: an id is no piece.
+            PlaitError: another shape, ids that are not integers, or an id that is no piece.
         """
-        ids = torch.as_tensor(codes, dtype=torch.int64)
+        ids = torch.as_tensor(codes)
+        if ids.ndim != 1:
+            raise PlaitError(f"codes: shape is {tuple(ids.shape)}, expected [n]; decode one text at a time")
         check_codes(ids, len(self._bytes))
         return b"".join(self._bytes[i] for i in ids.tolist()).decode("utf-8", errors="replace")
 
@@ -136,12 +138,12 @@ class TextTokenizer(Tokenizer):
         if config.get("tokenizer") != cls.kind:
             raise PlaitError(f"{folder}/config.json: not a text tokenizer")
         try:
-            tokenizer = cls((folder / _MODEL).read_bytes())
+            model = (folder / _MODEL).read_bytes()
         except OSError:
             raise PlaitError(f"{folder / _MODEL}: no such file; the folder is incomplete, copy it again") from None
-        if tokenizer.fingerprint != config.get("fingerprint"):
+        if hashlib.sha256(model).hexdigest() != config.get("fingerprint"):
             raise PlaitError(f"{folder / _MODEL}: is not the model that config.json describes; copy the folder again")
-        return tokenizer
+        return cls(model)
 
     def _bytes_of(self, piece_id: int) -> bytes:
         if self._processor.IsByte(piece_id):

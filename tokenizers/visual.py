@@ -9,6 +9,7 @@ when decoded.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plait.errors import PlaitError
@@ -32,6 +32,7 @@ from plait.tokenizers.base import (
     read_json,
     tensors_fingerprint,
     write_json,
+    write_tensors,
 )
 from plait.tokenizers.quantizer import FiniteScalarQuantizer
 
@@ -57,13 +58,15 @@ class VisualConfig:
     temporal_factor: int = 1
 
     def __post_init__(self) -> None:
-        if (
-            self.patch < 1
-            or not self.widths
-            or min(self.widths) < 1
-            or min(self.encoder_blocks, self.decoder_blocks) < 0
-        ):
-            raise PlaitError("visual tokenizer: patch and widths must be positive, block counts not negative")
+        for name, least in (("patch", 1), ("encoder_blocks", 0), ("decoder_blocks", 0)):
+            if type(number := getattr(self, name)) is not int or number < least:
+                raise PlaitError(f"visual tokenizer: {name} is {number!r}, must be a whole number of at least {least}")
+        for name, least in (("widths", 1), ("levels", 3)):
+            numbers = getattr(self, name)
+            if not isinstance(numbers, Sequence) or any(type(n) is not int or n < least for n in numbers or [None]):
+                raise PlaitError(
+                    f"visual tokenizer: {name} is {numbers!r}, must list whole numbers of at least {least}"
+                )
         if self.temporal_factor != 1:
             raise PlaitError(f"visual tokenizer: temporal_factor is {self.temporal_factor}, only 1 is supported")
 
@@ -210,8 +213,10 @@ class VisualTokenizer(nn.Module, Tokenizer):
         if not bool((pixels.abs() <= 1.5).all()):
             raise PlaitError("pixels: values are not finite or lie outside [-1, 1]; scale bytes with x / 127.5 - 1")
         frames = rearrange(pixels, "b c t h w -> (b t) c h w") if pixels.ndim == 5 else pixels
-        z = self.encoder(self._pad(frames.to(self.device, torch.float32)))
-        codes = self.quantizer.codes(rearrange(z, "b d h w -> b h w d"))
+        # Codes and their fingerprint are those of float32, whatever the caller's autocast.
+        with torch.autocast(self.device.type, enabled=False):
+            z = self.encoder(self._pad(frames.to(self.device, torch.float32)))
+            codes = self.quantizer.codes(rearrange(z, "b d h w -> b h w d"))
         if pixels.ndim == 5:
             codes = rearrange(codes, "(b t) h w -> b t h w", b=len(pixels))
         modality = "video" if pixels.ndim == 5 else "image"
@@ -238,13 +243,19 @@ class VisualTokenizer(nn.Module, Tokenizer):
         if codes.ndim not in (3, 4) or 0 in codes.shape:
             raise PlaitError(f"codes: shape is {tuple(codes.shape)}, expected [B, h, w] or [B, t, h, w]")
         check_codes(codes, self.quantizer.codebook_size)
-        grid = codes.shape[-2:]
-        height, width = size[-2:] if size else (side * self.factor for side in grid)
-        if math.ceil(height / self.factor) != grid[0] or math.ceil(width / self.factor) != grid[1]:
-            raise PlaitError(f"size: {height}×{width} pixels do not fit a grid of {grid[0]}×{grid[1]} codes")
+        grid = tuple(codes.shape[1:])
+        size = tuple(size or (side * self.factor for side in grid[-2:]))
+        needed = (*size[:-2], *(math.ceil(side / self.factor) for side in size[-2:]))
+        if len(size) < 2 or needed not in (grid, grid[-2:]):
+            raise PlaitError(
+                f"size: {'×'.join(map(str, size))} does not fit a grid of {'×'.join(map(str, grid))} codes; "
+                "give the size that was encoded"
+            )
+        height, width = size[-2:]
         frames = rearrange(codes, "b t h w -> (b t) h w") if codes.ndim == 4 else codes
-        z = self.quantizer.latents(frames.to(self.device))
-        pixels = self.decoder(rearrange(z, "b h w d -> b d h w")).clamp(-1, 1)[..., :height, :width]
+        with torch.autocast(self.device.type, enabled=False):
+            z = self.quantizer.latents(frames.to(self.device))
+            pixels = self.decoder(rearrange(z, "b h w d -> b d h w")).clamp(-1, 1)[..., :height, :width]
         return rearrange(pixels, "(b t) c h w -> b c t h w", b=len(codes)) if codes.ndim == 4 else pixels
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -257,7 +268,7 @@ class VisualTokenizer(nn.Module, Tokenizer):
         stored = {name: tensor.to(dtype).contiguous() for name, tensor in self.state_dict().items()}
         as_stored = type(self)(self.config)
         as_stored.load_state_dict(stored)
-        save_file(stored, folder / "model.safetensors")
+        write_tensors(folder / "model.safetensors", stored)
         header: dict[str, Any] = {"format_version": FORMAT_VERSION, "tokenizer": self.kind}
         write_json(folder / "config.json", header | {"fingerprint": as_stored.fingerprint} | asdict(self.config))
 

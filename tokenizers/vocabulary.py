@@ -53,9 +53,17 @@ class Vocabulary:
 
     @classmethod
     def build(cls, tokenizers: Mapping[str, Tokenizer], modalities: Iterable[str]) -> Self:
-        """A vocabulary for these tokenizers (by the name of their folder) and modalities."""
+        """A vocabulary for these tokenizers (by the name of their folder) and modalities.
+
+        Raises:
+            PlaitError: an unknown modality, or one whose tokenizer is not given.
+        """
         vocabulary = cls()._with_block("special", tokens=(PAD, BOS, EOS))._with_block("number", NUMBERS)
         for name in modalities:
+            if name not in MODALITIES:
+                raise PlaitError(f"vocabulary: no modality is called {name!r}; there are {', '.join(MODALITIES)}")
+            if MODALITIES[name].tokenizer not in tokenizers:
+                raise PlaitError(f"vocabulary: {name} needs a tokenizer called {MODALITIES[name].tokenizer!r}; add it")
             vocabulary = vocabulary.grow(name, MODALITIES[name].tokenizer, tokenizers[MODALITIES[name].tokenizer])
         return vocabulary
 
@@ -111,7 +119,8 @@ class Vocabulary:
         """Read ``vocabulary.json``.
 
         Raises:
-            PlaitError: the file is missing or broken, or its blocks overlap or leave gaps.
+            PlaitError: the file is missing or broken, its blocks overlap or leave gaps, or a modality is unknown or
+                lacks blocks or special tokens.
         """
         path = Path(path)
         content = read_json(path)
@@ -122,21 +131,37 @@ class Vocabulary:
                 {name: ModalityEntry(e["tokenizer"], tuple(e["blocks"])) for name, e in content["modalities"].items()},
                 dict(content["tokenizers"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+            problem = vocabulary._problem()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlaitError(f"{path}: not a vocabulary ({error!r}); restore it from where it came") from None
-        start = 0
-        for block in vocabulary.blocks:
-            if block.start != start or block.size < 1 or (block.tokens and len(block.tokens) != block.size):
-                raise PlaitError(
-                    f"{path}: block {block.name!r} overlaps, leaves a gap or is mis-sized; restore the file"
-                )
-            start += block.size
-        for name, entry in vocabulary.modalities.items():
-            if unknown := [b for b in entry.blocks if b not in vocabulary._by_name]:
-                raise PlaitError(
-                    f"{path}: modality {name!r} uses block {unknown[0]!r}, which is not there; restore the file"
-                )
+        if problem:
+            raise PlaitError(f"{path}: {problem}")
         return vocabulary
+
+    def _problem(self) -> str | None:
+        """What makes a vocabulary that was read unusable, if anything does."""
+        start = 0
+        for block in self.blocks:
+            whole = type(block.start) is int and type(block.size) is int
+            if not whole or block.start != start or block.size != max(1, len(block.tokens) or block.size):
+                return f"block {block.name!r} overlaps, leaves a gap or is mis-sized; restore the file"
+            start += block.size
+        if len(self._by_name) < len(self.blocks) or len(self._special) < sum(len(b.tokens) for b in self.blocks):
+            return "two blocks or special tokens have one name; restore the file"
+        if "number" not in self._by_name or self.block("number").size != NUMBERS:
+            return f"has no block of {NUMBERS} numbers; restore the file"
+        tokens = {PAD, BOS, EOS}
+        for name, entry in self.modalities.items():
+            if name not in MODALITIES:
+                return f"has modality {name!r}, this plait knows {', '.join(MODALITIES)}; install the one that wrote it"
+            if not entry.blocks or entry.tokenizer not in self.tokenizers:
+                return f"modality {name!r} has no blocks or no tokenizer; restore the file"
+            if missing := [block for block in entry.blocks if block not in self._by_name]:
+                return f"modality {name!r} uses block {missing[0]!r}, which is not there; restore the file"
+            tokens |= set(MODALITIES[name].grammar.tokens)
+        if lost := tokens - set(self._special):
+            return f"special token {min(lost)} is missing; restore the file"
+        return None
 
     def _content(self) -> dict[str, Any]:
         rows = [{k: v for k, v in asdict(block).items() if v != ()} for block in self.blocks]

@@ -6,7 +6,6 @@ and several see the same batches, and their losses agree up to rounding.
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from plait.tokenizers.grammar import Grammar
 from plait.tokenizers.loading import load_tokenizers
 from plait.tokenizers.modalities import MODALITIES
 from plait.tokenizers.vocabulary import Vocabulary
-from plait.train.engine import Engine, accumulation_steps, start_distributed
+from plait.train.engine import Engine, divide_batch, start_distributed
 from plait.train.journal import Journal
 from plait.train.loader import open_loader
 from plait.train.optimizer import build_optimizer, learning_rate
@@ -40,7 +39,7 @@ def train_decoder(recipe: DecoderRecipe) -> Path:
     """
     vocabulary = build_vocabulary(recipe)
     rank, world_size = start_distributed()
-    accumulation_steps(recipe, world_size)
+    divide_batch(recipe, world_size)
     out = Path(recipe.out)
     torch.manual_seed(recipe.seed)
     config = dataclasses.replace(recipe.model, vocabulary_size=vocabulary.size)
@@ -48,8 +47,8 @@ def train_decoder(recipe: DecoderRecipe) -> Path:
     engine = Engine(module, build_optimizer(module, recipe.optimizer), recipe, world_size)
     loader = open_loader(
         recipe.shards, SequenceEncoder(Grammar(vocabulary), recipe.sequence, recipe.seed), kind="tokens", scratch=out,
-        batch_size=recipe.micro_batch, seed=recipe.seed, streams=recipe.streams, rank=rank, world_size=world_size,
-        packing_buffer=16 * recipe.micro_batch,
+        batch_size=recipe.global_batch // recipe.streams, seed=recipe.seed, streams=recipe.streams, rank=rank,
+        world_size=world_size, packing_buffer=128,
     )  # fmt: skip
     journal = Journal(out, recipe, active=rank == 0, vocabulary=vocabulary.fingerprint, processes=world_size)
     checkpoints = Checkpoints(out / "checkpoints", engine, loader, rank, world_size, recipe.keep)
@@ -57,9 +56,11 @@ def train_decoder(recipe: DecoderRecipe) -> Path:
     journal.rewind(first)
 
     batches = iter(loader)
+    streams = recipe.streams // world_size
     for step in range(first + 1, recipe.steps + 1):
         lr = learning_rate(step - 1, recipe.steps, recipe.optimizer)
-        metrics = train_step(engine, batches, recipe, list(vocabulary.modalities), lr)
+        share = Batch.join([next(batches) for _ in range(streams)])
+        metrics = train_step(engine, share, recipe, list(vocabulary.modalities), lr)
         if step % recipe.log_every == 0 or step == 1 or step == recipe.steps:
             journal.log(step, **metrics)
             engine.monitor(step, metrics)
@@ -98,27 +99,23 @@ def build_vocabulary(recipe: DecoderRecipe) -> Vocabulary:
     return Vocabulary.build(tokenizers, [name for name in MODALITIES if name in present])
 
 
-def train_step(
-    engine: Engine, batches: Iterator[Batch], recipe: DecoderRecipe, groups: list[str], lr: float
-) -> dict[str, float]:
-    """One optimizer step; returns its loss, the loss per modality and the gradient's norm."""
-    micro_batches = [next(batches) for _ in range(engine.accumulation)]
+def train_step(engine: Engine, share: Batch, recipe: DecoderRecipe, groups: list[str], lr: float) -> dict[str, float]:
+    """One optimizer step over this process's share of the batch.
+
+    Returns:
+        its loss, the loss per modality and the gradient's norm, over all processes.
+    """
     # The whole step's weight must be known before the first backward pass.
-    weight = torch.stack([batch.targets.weights.sum() for batch in micro_batches]).sum()
-    total = float(engine.total(weight.double().reshape(1)))
+    total = float(engine.total(share.targets.weights.sum().double().reshape(1)))
     if total == 0:
         raise PlaitError(
             "sequence: no token of this step carries loss; check loss_weights, context_loss and the data's loss flags"
         )
     # Weighted loss, then per group: sum of losses and count.
     sums = torch.zeros(1 + 2 * len(groups), dtype=torch.float64, device=engine.device)
-    for batch in micro_batches:
-        targets = dataclasses.replace(
-            batch.targets,
-            **{k: getattr(batch.targets, k).to(engine.device) for k in ("tokens", "weights", "groups")},
-        )
-        tokens, positions = batch.tokens.to(engine.device), batch.positions.to(engine.device)
-        losses = engine.forward(tokens, positions, targets=targets, z_loss=recipe.z_loss)
+    for batch in share.split(engine.micro_batch):
+        batch = batch.to(engine.device)
+        losses = engine.forward(batch.tokens, batch.positions, targets=batch.targets, z_loss=recipe.z_loss)
         engine.backward(losses.loss, total)
         engine.step(lr)
         sums += torch.cat([losses.loss.detach().reshape(1), losses.group_loss, losses.group_count]).double()

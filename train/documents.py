@@ -63,15 +63,18 @@ def raw_parts(sample: dict[str, Any]) -> tuple[list[Part], bool, dict[str, Any]]
         members = {modality_of(f"x.{name}"): data for name, data in sample.items() if modality_of(f"x.{name}")}
         return [Part(m, members[m]) for m in EXTENSIONS if m in members], False, facts
     parts = []
-    for row in rows:
-        named = [m for m in MODALITIES if m in row]
+    for row in rows if isinstance(rows, list) else [rows]:
+        named = [m for m in MODALITIES if m in row] if isinstance(row, dict) else []
         if len(named) != 1:
             raise PlaitError(f"{key}.json: part {row} must name one modality of {', '.join(MODALITIES)}")
         modality = named[0]
         data = str(row[modality]).encode() if modality == "text" else sample.get(str(row[modality]))
         if data is None:
             raise PlaitError(f"{key}.json: part {row[modality]!r} is not in the sample")
-        time = (float(row["time"][0]), float(row["time"][1])) if "time" in row else None
+        try:
+            time = (float(row["time"][0]), float(row["time"][1])) if "time" in row else None
+        except (ValueError, TypeError, LookupError):
+            raise PlaitError(f"{key}.json: time is {row['time']!r}, expected [start, end] in seconds") from None
         parts.append(Part(modality, data, bool(row.get("loss", True)), time))
     return parts, True, facts
 

@@ -38,21 +38,21 @@ def start_distributed() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def accumulation_steps(recipe: DecoderRecipe, world_size: int) -> int:
-    """Micro-batches per process and optimizer step.
+def divide_batch(recipe: DecoderRecipe, world_size: int) -> tuple[int, int]:
+    """How a process works through its share of the global batch: (sequences per forward pass, passes per step).
+
+    A forward pass takes as many sequences as ``micro_batch`` allows and the share divides into.
 
     Raises:
-        PlaitError: the global batch cannot be divided so that every stream gives its equal share of each step.
+        PlaitError: the streams do not divide the global batch, or the processes not the streams.
     """
-    micro_batches, rest = divmod(recipe.global_batch, recipe.micro_batch)
-    if rest:
-        raise PlaitError(f"global_batch: {recipe.global_batch} is not a multiple of micro_batch ({recipe.micro_batch})")
-    if micro_batches % recipe.streams or recipe.streams % world_size:
-        raise PlaitError(
-            f"streams: {micro_batches} micro-batches a step, {recipe.streams} streams and {world_size} processes do "
-            "not divide; make global_batch / micro_batch a multiple of streams, and streams a multiple of the processes"
-        )
-    return micro_batches // world_size
+    if recipe.global_batch % recipe.streams:
+        raise PlaitError(f"streams: {recipe.streams} must divide global_batch ({recipe.global_batch})")
+    if recipe.streams % world_size:
+        raise PlaitError(f"streams: {recipe.streams} is not a multiple of the {world_size} processes; make it one")
+    share = recipe.global_batch // world_size
+    micro_batch = max(n for n in range(1, min(recipe.micro_batch, share) + 1) if share % n == 0)
+    return micro_batch, share // micro_batch
 
 
 class Engine:
@@ -71,11 +71,11 @@ class Engine:
         import deepspeed
 
         self._deepspeed = deepspeed
-        self.accumulation = accumulation_steps(recipe, world_size)
+        self.micro_batch, self.accumulation = divide_batch(recipe, world_size)
         self._scale = world_size * self.accumulation
         config = {
             "train_batch_size": recipe.global_batch,
-            "train_micro_batch_size_per_gpu": recipe.micro_batch,
+            "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": recipe.optimizer.clip,
             "zero_optimization": {"stage": recipe.parallel.zero},

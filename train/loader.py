@@ -6,11 +6,18 @@ the batches of one optimizer step (``streams`` of them, or a multiple) are the s
 processes. The loader's state is saved and restored exactly.
 """
 
+import os
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+if not sys.stderr.isatty():
+    # energon draws its progress even into log files.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 from megatron.energon import SavableDataLoader, TaskEncoder, WorkerConfig, get_savable_loader, get_train_dataset
 
 from plait.errors import PlaitError
@@ -75,4 +82,5 @@ def open_loader(
         max_samples_per_sequence=100,
         task_encoder=encoder,
     )
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     return get_savable_loader(dataset, checkpoint_every_sec=0)

@@ -14,7 +14,7 @@ from typing import Any
 
 from plait.errors import PlaitError
 from plait.tokenizers.media import EXTENSIONS
-from plait.train.shards import MANIFEST, shard_name, shard_writer, write_manifest
+from plait.train.shards import MANIFEST, make_folder, shard_name, shard_writer, write_manifest
 
 SUFFIXES = {suffix for suffixes in EXTENSIONS.values() for suffix in suffixes} | {".json"}
 
@@ -51,17 +51,14 @@ def pack(source: Path, out: Path, samples_per_shard: int = 2000) -> PackReport:
     samples = sorted(listed, key=lambda sample: hashlib.sha256(sample[0].encode()).digest())
     if not samples:
         raise PlaitError(f"{source}: nothing to pack; expected files ending in {', '.join(sorted(SUFFIXES))}")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     rows: list[dict[str, Any]] = []
     for start in range(0, len(samples), samples_per_shard):
         path = out / shard_name(len(rows))
         chunk = samples[start : start + samples_per_shard]
         with shard_writer(path) as write:
             for key, members in chunk:
-                write(
-                    {"__key__": key}
-                    | {ext: c if isinstance(c, bytes) else c.read_bytes() for ext, c in members.items()}
-                )
+                write({"__key__": key} | {extension: _content(member) for extension, member in members.items()})
         rows.append({"name": path.name, "samples": len(chunk), "bytes": path.stat().st_size})
         report.bytes += rows[-1]["bytes"]
     write_manifest(out, "raw", rows)
@@ -72,10 +69,18 @@ def pack(source: Path, out: Path, samples_per_shard: int = 2000) -> PackReport:
 Sample = tuple[str, dict[str, bytes | Path]]  # key and, by extension, content or the file that holds it
 
 
+def _content(member: bytes | Path) -> bytes:
+    try:
+        return member if isinstance(member, bytes) else member.read_bytes()
+    except OSError as error:
+        raise PlaitError(f"{member}: cannot be read ({error.strerror}); mend or remove it") from None
+
+
 def _from_manifest(source: Path, manifest: Path, report: PackReport) -> Iterator[Sample]:
     keys: set[str] = set()
     root = source.resolve()
-    for number, line in enumerate(manifest.read_text("utf-8").splitlines(), 1):
+    # Not splitlines: JSON strings may hold U+2028 and other characters that it takes for the end of a line.
+    for number, line in enumerate(_content(manifest).split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{manifest}:{number}"

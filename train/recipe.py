@@ -7,13 +7,14 @@ are relative to where the command runs.
 
 import difflib
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plait.errors import PlaitError
@@ -139,9 +140,9 @@ class DecoderRecipe:
         tokenizers: folder whose subfolders are the tokenizers that made the shards.
         out: run folder; checkpoints go to ``out/checkpoints``, the bundle to ``out/bundle``.
         global_batch: sequences per optimizer step over all processes and accumulation steps.
-        micro_batch: sequences per forward pass of one process.
-        streams: independent data streams over all processes. The same number gives the same batches on any number of
-            processes that divides it.
+        micro_batch: sequences per forward pass of one process at most.
+        streams: independent data streams over all processes, each in a worker process of its own; they divide
+            ``global_batch``. The same number gives the same batches on any number of processes that divides it.
         steps: optimizer steps.
         z_loss: weight of the squared log-partition term (PaLM, arXiv 2204.02311), 0 turns it off.
         save_every: steps between checkpoints.
@@ -160,7 +161,7 @@ class DecoderRecipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     global_batch: int = 8
     micro_batch: int = 8
-    streams: int = 1
+    streams: int = 4
     steps: int = 1000
     z_loss: float = 0.0
     save_every: int = 500
@@ -196,22 +197,36 @@ def load_recipe(name: str, overrides: Sequence[str] = (), kinds: Sequence[str] =
         content = OmegaConf.create(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PlaitError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
-    kind = str(content.get("kind")) if isinstance(content, DictConfig) else "missing"
+    except AssertionError:  # what OmegaConf says to a lone number
+        raise PlaitError(f"{path}: expected a mapping of keys to values") from None
+    plain = cast(Any, OmegaConf.to_container(content))
+    kind = plain.get("kind") if isinstance(plain, dict) else None
     if kind not in kinds:
-        raise PlaitError(f"{path}: kind is {kind!r}, this command runs {' or '.join(map(repr, kinds))}")
+        found = "missing" if kind is None else repr(kind)
+        raise PlaitError(f"{path}: kind is {found}, this command runs {' or '.join(map(repr, kinds))}")
     for override in overrides:
         if "=" not in override:
             raise PlaitError(f"{override}: overrides are written key=value")
     config = OmegaConf.structured(_RECIPES[kind])
-    for source, layer in ((str(path), content), ("command line", None)):
+    # One key at a time, because not every error of OmegaConf says which key it is about.
+    layers: list[tuple[str, Any, Callable[[], Any]]] = [
+        *((str(path), key, partial(OmegaConf.masked_copy, content, [key])) for key in plain),
+        *(("command line", o.partition("=")[0], partial(OmegaConf.from_dotlist, [o])) for o in overrides),
+    ]
+    for source, key, read in layers:
         try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)) if layer is None else layer)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise PlaitError(f"{source}: {_explain(error, kind)}") from None
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise PlaitError(f"{path}: {missing[0]} is not set; add it to the recipe or give {missing[0]}=… as an argument")
-    recipe = cast(Recipe, OmegaConf.to_object(config))
+            config = OmegaConf.merge(config, read())
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+            raise PlaitError(f"{source}: {_explain(error, str(key), kind)}") from None
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise PlaitError(f"{path}: {missing[0]} is not set; add it or give {missing[0]}=… as an argument")
+        recipe = cast(Recipe, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise PlaitError(f"{path}: {_explain(error, 'value', kind)}") from None
+    if recipe.kind != kind:
+        raise PlaitError(f"command line: kind is {recipe.kind!r}, {path} is of kind {kind!r}; choose another recipe")
     _check(recipe, path)
     return recipe
 
@@ -237,10 +252,11 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), "utf-8")
 
 
-def _explain(error: Exception, kind: str) -> str:
-    key = str(getattr(error, "full_key", "") or "")
+def _explain(error: Exception, key: str, kind: str) -> str:
+    """Say which key is wrong and why; ``key`` is what the error is about if it does not know itself."""
+    key = str(getattr(error, "full_key", "") or key)
     if type(error).__name__ not in ("ConfigKeyError", "ConfigAttributeError"):
-        return f"{key or 'value'}: {str(error).splitlines()[0]}"
+        return f"{key}: {str(error).splitlines()[0]}"
     known = _known_keys(OmegaConf.structured(_RECIPES[kind]))
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}")
@@ -266,6 +282,8 @@ def _check(recipe: Recipe, path: Path) -> None:
         "save_every",
         "eval_every",
         "log_every",
+        "keep",
+        "image_size",
     ):
         if getattr(recipe, name, 1) < 1:
             raise PlaitError(f"{path}: {name} is {getattr(recipe, name)}, it must be at least 1")
@@ -276,6 +294,8 @@ def _check(recipe: Recipe, path: Path) -> None:
             raise PlaitError(f"{path}: parallel.zero is {recipe.parallel.zero}, expected 0, 1, 2 or 3")
         if recipe.parallel.dtype not in ("float32", "bfloat16"):
             raise PlaitError(f"{path}: parallel.dtype is {recipe.parallel.dtype!r}, expected 'float32' or 'bfloat16'")
+        if recipe.sequence.length < 1:
+            raise PlaitError(f"{path}: sequence.length is {recipe.sequence.length}, it must be at least 1")
         for share in ("media_first", "drop_text"):
             if not 0 <= getattr(recipe.sequence, share) <= 1:
                 raise PlaitError(f"{path}: sequence.{share} is {getattr(recipe.sequence, share)}, expected 0 to 1")

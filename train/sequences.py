@@ -9,8 +9,9 @@
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.energon import Cooker, SkipSample, TaskEncoder, WorkerConfig, stateless
@@ -39,6 +40,25 @@ class Batch:
     tokens: Tensor
     positions: Tensor
     targets: Targets
+
+    @classmethod
+    def join(cls, batches: list[Self]) -> Self:
+        """One batch of all rows."""
+        return batches[0]._map(lambda *tensors: torch.cat(tensors), *batches[1:])
+
+    def split(self, rows: int) -> list[Self]:
+        """Batches of ``rows`` rows."""
+        return [self._map(lambda t, i=i: t[i : i + rows]) for i in range(0, len(self.tokens), rows)]
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return self._map(lambda t: t.to(device))
+
+    def _map(self, change: Callable[..., Tensor], *others: Self) -> Self:
+        """Change every tensor, together with the others' tensors of the same name."""
+        rows = [(b.tokens, b.positions, b.targets.tokens, b.targets.weights, b.targets.groups) for b in (self, *others)]
+        tokens, positions, *targets = [change(*column) for column in zip(*rows, strict=True)]
+        return type(self)(tokens, positions, Targets(*targets, group_count=self.targets.group_count))
 
 
 def arrange(document: TokenDocument, config: SequenceConfig, draw: random.Random) -> list[tuple[Span, float]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from plait.errors import PlaitError
 from plait.tokenizers.base import FORMAT_VERSION, check_format_version, read_json, write_json
@@ -25,6 +26,18 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}.tar"
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder unless it is there.
+
+    Raises:
+        PlaitError: a file is in the way, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlaitError(f"{path}: cannot make this folder ({error.strerror}); choose another") from None
+
+
 @contextlib.contextmanager
 def shard_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Open a shard for writing; yields a function that adds one sample (``__key__`` and one entry per extension).
@@ -33,7 +46,8 @@ def shard_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with webdataset.TarWriter(str(temporary), mtime=0.0) as writer:
+        # Both here and in `read_shard` webdataset is given open files: it takes names for URLs.
+        with temporary.open("wb") as file, webdataset.TarWriter(file, mtime=0.0) as writer:
             yield writer.write
         temporary.replace(path)
     except OSError as error:
@@ -51,13 +65,17 @@ def read_shard(path: Path) -> Iterator[dict[str, Any]]:
         PlaitError: the shard is missing or its tar structure is broken.
     """
     try:
-        yield from webdataset.WebDataset([str(path)], shardshuffle=False, empty_check=False)
+        with path.open("rb") as file:
+            members = tar_file_expander([{"url": str(path), "stream": file}])
+            yield from group_by_keys(members)
     except FileNotFoundError:
         raise PlaitError(f"{path}: no such shard; make it again with the command that made the folder") from None
     except Exception as error:
         if isinstance(error, PlaitError):
             raise
-        raise PlaitError(f"{path}: broken shard ({error}); make it again or restore a copy") from None
+        raise PlaitError(
+            f"{path}: broken shard ({error.args[0] if error.args else error}); make it again or restore a copy"
+        ) from None
 
 
 def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
@@ -75,7 +93,8 @@ def write_manifest(folder: Path, kind: str, shards: list[dict[str, Any]], **fact
         shards: one row per shard: ``name``, ``samples``, ``bytes`` and more counts.
         facts: further entries, the fingerprints for instance.
     """
-    _write_loader_index(folder, [row["name"] for row in shards])
+    # The loader refuses a shard without samples, as one is when none of its media could be tokenized.
+    _write_loader_index(folder, [row["name"] for row in shards if row["samples"]])
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "kind": kind, **facts, "shards": shards})
 
 
@@ -83,7 +102,8 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
     """Read a folder's manifest and see that every shard it lists is there, whole.
 
     Raises:
-        PlaitError: no manifest, another kind or format version, or a shard is missing or of another size.
+        PlaitError: no manifest or a broken one, another kind or format version, or a shard is missing or of another
+            size.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -95,14 +115,15 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
     if kind is not None and manifest.get("kind") != kind:
         other = {"raw": "plait data pack", "tokens": "plait data tokenize"}[kind]
         raise PlaitError(f"{folder}: holds {manifest.get('kind')} shards, expected {kind} shards (made by `{other}`)")
-    for row in manifest["shards"]:
-        path = folder / row["name"]
+    try:
+        sizes = [(folder / row["name"], row["bytes"]) for row in manifest["shards"]]
+    except (KeyError, TypeError) as error:
+        raise PlaitError(f"{folder / MANIFEST}: lists no shards ({error!r}); restore it or make it again") from None
+    for path, size in sizes:
         if not path.is_file():
             raise PlaitError(f"{path}: shard is missing; restore it or make the folder again")
-        if path.stat().st_size != row["bytes"]:
-            raise PlaitError(
-                f"{path}: shard has {path.stat().st_size} bytes, the manifest says {row['bytes']}; restore it"
-            )
+        if path.stat().st_size != size:
+            raise PlaitError(f"{path}: shard has {path.stat().st_size} bytes, the manifest says {size}; restore it")
     return manifest
 
 

@@ -20,7 +20,7 @@ from plait.tokenizers.grammar import Span
 from plait.tokenizers.loading import load_tokenizers
 from plait.tokenizers.modalities import MODALITIES
 from plait.train.documents import TokenDocument, count_codes, pack_document, raw_parts
-from plait.train.shards import read_shard, shard_paths, shard_writer, write_manifest
+from plait.train.shards import MANIFEST, make_folder, read_shard, shard_paths, shard_writer, write_manifest
 
 
 @dataclass
@@ -54,15 +54,18 @@ def tokenize(
         progress: called with (shards done, shards in all).
 
     Raises:
-        PlaitError: a shard or tokenizer is missing or broken, or ``out`` was made with other tokenizers.
+        PlaitError: a shard or tokenizer is missing or broken, or ``out`` was made with other tokenizers or
+            from other data.
     """
     sources = shard_paths(shards, "raw")
     fingerprints = {name: tokenizer.fingerprint for name, tokenizer in load_tokenizers(tokenizers).items()}
-    out.mkdir(parents=True, exist_ok=True)
+    if (out / MANIFEST).is_file() and read_json(out / MANIFEST).get("kind") == "raw":
+        raise PlaitError(f"{out}: holds raw shards, which would be overwritten; choose another folder")
+    make_folder(out)
     report = TokenizeReport(shards=len(sources))
     todo = []
     for source in sources:
-        row = _finished(out, source.name, fingerprints)
+        row = _finished(out, source, fingerprints)
         report.reused += row is not None
         if row is None:
             todo.append(source)
@@ -80,7 +83,7 @@ def tokenize(
             for done, _ in enumerate(pool.map(_tokenize_shard, *zip(*jobs, strict=True))):
                 if progress:
                     progress(report.reused + done + 1, len(sources))
-    rows = [_finished(out, source.name, fingerprints) for source in sources]
+    rows = [_finished(out, source, fingerprints) for source in sources]
     for row in rows:
         assert row is not None
         report.samples += row["samples"]
@@ -91,23 +94,25 @@ def tokenize(
         raise PlaitError(
             f"{shards}: no sample could be tokenized; the first: {report.skipped[0] if report.skipped else 'none'}"
         )
-    write_manifest(
-        out, "tokens", [{k: v for k, v in r.items() if k != "tokenizers"} for r in rows if r], tokenizers=fingerprints
-    )
+    private = ("tokenizers", "source_bytes")
+    shown = [{k: v for k, v in row.items() if k not in private} for row in rows if row]
+    write_manifest(out, "tokens", shown, tokenizers=fingerprints)
     return report
 
 
-def _finished(out: Path, name: str, fingerprints: dict[str, str]) -> dict[str, Any] | None:
+def _finished(out: Path, source: Path, fingerprints: dict[str, str]) -> dict[str, Any] | None:
     """The manifest row of a shard that an earlier run finished."""
-    row_file = out / f"{name}.json"
-    if not row_file.is_file() or not (out / name).is_file():
+    path, row_file = out / source.name, out / f"{source.name}.json"
+    if not row_file.is_file() or not path.is_file():
         return None
     row = read_json(row_file)
-    if row["tokenizers"] != fingerprints:
+    if row.get("tokenizers") != fingerprints:
         raise PlaitError(
-            f"{out / name}: was made with other tokenizers (fingerprints differ); use a new folder or remove {out}"
+            f"{path}: was made with other tokenizers (fingerprints differ); use a new folder or remove {out}"
         )
-    return row
+    if row.get("source_bytes") != source.stat().st_size:
+        raise PlaitError(f"{path}: was made from other data than {source}; use a new folder or remove {out}")
+    return row if row["bytes"] == path.stat().st_size else None
 
 
 def _load(tokenizers: str, threads: int | None) -> None:
@@ -132,7 +137,7 @@ def _tokenize_shard(source: Path, out: Path, fingerprints: dict[str, str]) -> No
                 codes[modality] = codes.get(modality, 0) + count
     row = {
         "name": source.name, "samples": samples, "bytes": (out / source.name).stat().st_size,
-        "codes": codes, "skipped": skipped, "tokenizers": fingerprints,
+        "codes": codes, "skipped": skipped, "tokenizers": fingerprints, "source_bytes": source.stat().st_size,
     }  # fmt: skip
     write_json(out / f"{source.name}.json", row)
 

@@ -1,4 +1,4 @@
-"""Draw the fetched emoji at 64x64 and write the three demo folders with their manifests.
+"""Draw the fetched emoji at 64x64 and write the demo folders with their manifests.
 
 Run by ``fetch_demo.sh``; needs only resvg-py, so that the data can be made before plait is installed.
 
@@ -26,6 +26,7 @@ STYLES = {
 # Categories whose pictures can be told apart at 64x64: no flags (some countries share one), clocks or people.
 TINY_CATEGORIES = {"Animals & Nature", "Food & Drink", "Activities", "Objects"}
 TINY_CONCEPTS = 350
+EXAMPLES = 24
 SIZE = 64
 
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
@@ -106,7 +107,7 @@ def write_folder(folder: Path, rows: list[dict[str, Any]], drawn_in: Path | None
 
 
 def main(out: Path) -> None:
-    """Write train, heldout and tiny below ``out``."""
+    """Write train, heldout, tiny and examples below ``out``."""
     by_style = {style: read_style(out / "raw" / style, style) for style in STYLES}
     # One name for a picture in every style, so that a caption differs between styles only in the style.
     names: dict[str, str] = {}
@@ -126,6 +127,10 @@ def main(out: Path) -> None:
     complete = sorted((c for c, rows in plain.items() if len(rows) == len(STYLES)), key=order_of)
     chosen = set(complete[:TINY_CONCEPTS])
     write_folder(out / "tiny", [r for r in train if r["concept"] in chosen and r in plain[r["concept"]]], out / "train")
+
+    # One picture each of some concepts, the styles in turn.
+    shown = [plain[c][i % len(STYLES)] for i, c in enumerate(complete[:EXAMPLES])]
+    write_folder(out / "examples", shown, out / "train")
 
     credits = "\n".join(f"- {style}: {source}, {licence}" for style, (licence, source) in STYLES.items())
     write_atomically(out / "LICENSES.md", f"The pictures' drawings:\n\n{credits}\n".encode())

@@ -3,11 +3,12 @@
 #
 #   fetch_demo.sh DIR
 #
-# writes DIR/train, DIR/heldout and DIR/tiny, each a folder of PNG files with a manifest.jsonl (path, caption, style,
-# concept, category, source, license) that `plait data pack` reads, and DIR/LICENSES.md.
+# writes DIR/train, DIR/heldout, DIR/tiny and DIR/examples, each a folder of PNG files with a manifest.jsonl (path,
+# caption, style, concept, category, source, license) that `plait data pack` reads, and DIR/LICENSES.md.
 #   train     90 % of the concepts                            for the tokenizers
 #   heldout   the other 10 %, never trained on                for evaluation
 #   tiny      350 concepts of train x 3 styles                for the tiny decoder
+#   examples  24 pictures of tiny                             for `plait demo`
 # Needs npm and Python with resvg-py (`pip install plait[data]`). PYTHON=... names the interpreter. Running it again
 # fetches and draws only what is missing.
 set -euo pipefail

@@ -4,6 +4,7 @@ Imports stay inside the functions, so ``--help`` answers at once. Exit codes: 0 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,7 +71,7 @@ def generate(
     }
     written = generate_files(parts, to, out, model, seed, n, stream, settings)
     if to == "text" and out is None:
-        report(as_json, {"text": written}, "" if stream else "\n".join(written))
+        report(as_json, {"text": written}, "" if stream and n is None else "\n".join(written))
     else:
         report(as_json, {"files": written}, "\n".join(f"wrote {path}" for path in written))
 
@@ -90,7 +91,25 @@ def train(
     from plait.train.decoder_loop import train_decoder
 
     bundle = train_decoder(loaded)  # type: ignore[arg-type]
-    report(as_json, {"bundle": str(bundle)}, f"wrote {bundle}")
+    if os.environ["RANK"] == "0":
+        report(as_json, {"bundle": str(bundle)}, f"wrote {bundle}")
+
+
+@app.command("eval")
+def evaluate(
+    bundle: Annotated[str, typer.Argument(help="A path or a shipped name.")],
+    folder: Annotated[Path, typer.Argument(metavar="DATA", help="Images with a manifest.jsonl (path, caption).")],
+    items: Annotated[int, typer.Option(min=1, help="Captions and images to generate from.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the choice and of the sampling.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure a bundle on captioned images: reconstruction, caption to image, image to caption."""
+    from plait.infer.evaluate import captioned_images
+    from plait.infer.evaluate import evaluate as measure
+    from plait.infer.pipeline import load
+
+    figures = measure(load(bundle), captioned_images(folder), items, seed)
+    report(as_json, figures, "\n".join(f"{name:17} {value:.4g}" for name, value in figures.items()))
 
 
 @tokenizer.command("train")

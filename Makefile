@@ -1,0 +1,41 @@
+# Two commands on a fresh machine with Python >= 3.11, make and a C compiler: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+
+.PHONY: demo test lint bench tiny clean
+
+demo: $(VENV)/.base            ## what the shipped model does: out/gallery.png
+	$(BIN)/plait demo --out out/
+
+test: $(VENV)/.test            ## all tests, real two-process runs included
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test            ## style, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.test           ## speed beside a peer, in one run
+	$(BIN)/python tests/benchmarks/decoder.py
+
+tiny: $(VENV)/.test            ## train weights/plait-tiny again, from the data on (about 1.5 hours on 2 cores)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/tiny_cpu.sh
+
+clean:
+	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "plait needs Python >= 3.11; set PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.base: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@ $(VENV)/.base

@@ -1,0 +1,154 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from plait.errors import PlaitError
+from plait.infer.bundle import load_bundle, save_bundle
+from plait.model.config import DecoderConfig
+from plait.model.decoder import Decoder
+from plait.tokenizers.text import TextTokenizer
+from plait.tokenizers.vocabulary import Vocabulary
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def retensor(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip(tmp_path: Path, tokenizers: Path, vocabulary: Vocabulary, tied: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(vocabulary_size=vocabulary.size, width=32, layers=1, rope_theta=500.0, tie_embeddings=tied)
+    decoder = Decoder(config).to(dtype)
+    settings = {"image": {"temperature": 0.5, "top_k": 9}}
+    folder = tmp_path / "deep" / "bundle"
+    save_bundle(folder, config, decoder.state_dict(), vocabulary, tokenizers, settings, 99, dtype)
+    loaded = load_bundle(folder, dtype=dtype)
+    assert loaded.decoder.config == config
+    assert loaded.vocabulary == vocabulary
+    assert loaded.generation == settings
+    assert loaded.context == 99
+    assert {name: t.fingerprint for name, t in loaded.tokenizers.items()} == vocabulary.tokenizers
+    for name, tensor in decoder.state_dict().items():
+        assert torch.equal(loaded.decoder.state_dict()[name], tensor), name
+    assert not loaded.decoder.training
+    assert not any(p.requires_grad for p in loaded.decoder.parameters())
+    assert (loaded.decoder.lm_head.weight is loaded.decoder.embed_tokens.weight) == tied
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert file.get_tensor("embed_tokens.weight").dtype == dtype
+    assert names == set(decoder.state_dict()) - ({"lm_head.weight"} if tied else set())
+
+
+def test_weights_are_cast_on_loading(bundle: Path) -> None:
+    loaded = load_bundle(bundle, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.decoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in loaded.tokenizers["visual"].parameters()} == {torch.float32}
+
+
+def test_nothing_is_pickled_and_nothing_else_is_there(bundle: Path) -> None:
+    names = {str(p.relative_to(bundle)) for p in bundle.rglob("*") if p.is_file()}
+    assert names == {
+        "config.json",
+        "generation.json",
+        "model.safetensors",
+        "vocabulary.json",
+        "tokenizers/text/config.json",
+        "tokenizers/text/tokenizer.model",
+        "tokenizers/visual/config.json",
+        "tokenizers/visual/model.safetensors",
+    }
+    assert not list(bundle.parent.glob(".*"))
+    for path in bundle.rglob("*.safetensors"):
+        assert path.read_bytes()[:2] != b"PK"
+        load_file(path)
+
+
+def test_saving_again_replaces_the_whole_folder(bundle: Path, tokenizers: Path, vocabulary: Vocabulary) -> None:
+    (bundle / "stray.txt").write_text("old")
+    config = DecoderConfig(vocabulary_size=vocabulary.size, width=16, layers=1)
+    weights = Decoder(config).state_dict()
+    # The tokenizers come from the very folder that is replaced.
+    save_bundle(bundle, config, weights, vocabulary, bundle / "tokenizers", {}, 12, torch.float32)
+    assert load_bundle(bundle).context == 12
+    assert not (bundle / "stray.txt").exists()
+
+
+def test_a_failed_save_keeps_the_old_bundle(bundle: Path, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    config = DecoderConfig(vocabulary_size=vocabulary.size, width=16, layers=1)
+    with pytest.raises(OSError, match="nowhere"):
+        save_bundle(
+            bundle, config, Decoder(config).state_dict(), vocabulary, tmp_path / "nowhere", {}, 1, torch.float32
+        )
+    assert load_bundle(bundle).context == 256
+
+
+def swap_tokenizer(folder: Path) -> None:
+    TextTokenizer.train(["other words entirely, again and again"] * 9, 280).save_pretrained(folder)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
+    ("config.json", lambda p: p.unlink(), "no such file"),
+    ("config.json", lambda p: p.write_text("{"), "not readable as JSON"),
+    ("config.json", lambda p: p.write_text("[]"), "expected a JSON object"),
+    ("config.json", lambda p: edit(p, lambda c: c.update(format_version=2)), "format_version is 2"),
+    ("config.json", lambda p: edit(p, lambda c: c.pop("format_version")), "format_version is None"),
+    ("config.json", lambda p: edit(p, lambda c: c.pop("decoder")), "'decoder' is missing"),
+    ("config.json", lambda p: edit(p, lambda c: c.pop("context")), "'context' is missing"),
+    ("config.json", lambda p: edit(p, lambda c: c.update(decoder=[])), "decoder must be an object"),
+    ("config.json", lambda p: edit(p, lambda c: c.update(context="many")), "context a whole number"),
+    ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(experts=8)), "unknown field 'experts'"),
+    ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(vocabulary_size=7)), "vocabulary_size is 7"),
+    ("vocabulary.json", lambda p: p.unlink(), "no such file"),
+    ("vocabulary.json", lambda p: edit(p, lambda c: c["blocks"][-1].update(name="x")), "vocabulary.json"),
+    ("vocabulary.json", lambda p: edit(p, lambda c: c["blocks"][0]["tokens"].reverse()), "not the vocabulary"),
+    ("vocabulary.json", lambda p: edit(p, lambda c: c.update(format_version=0)), "format_version is 0"),
+    ("generation.json", lambda p: p.unlink(), "no such file"),
+    ("generation.json", lambda p: edit(p, lambda c: c.update(format_version="x")), "format_version is 'x'"),
+    ("generation.json", lambda p: edit(p, lambda c: c["text"].update(heat=1)), "text: unknown setting 'heat'"),
+    ("generation.json", lambda p: edit(p, lambda c: c["text"].update(top_p=3)), "text: top_p: 3"),
+    ("generation.json", lambda p: edit(p, lambda c: c["text"].update(temperature="hot")), "text: "),
+    ("generation.json", lambda p: edit(p, lambda c: c.update(image=1.5)), "image: "),
+    ("model.safetensors", lambda p: p.unlink(), "no such file"),
+    ("model.safetensors", truncate, "not a readable safetensors file"),
+    ("model.safetensors", lambda p: p.write_bytes(b""), "not a readable safetensors file"),
+    ("model.safetensors", lambda p: retensor(p, lambda t: t.pop("norm.weight")), "'norm.weight' is missing"),
+    ("model.safetensors", lambda p: retensor(p, lambda t: t.update(spare=torch.ones(1))), "'spare' is extra"),
+    ("model.safetensors", lambda p: retensor(p, lambda t: t.update({"norm.weight": torch.ones(3)})), "has shape"),
+    ("tokenizers/text", swap_tokenizer, "is not the tokenizer that the model was trained with"),
+    ("tokenizers/visual", shutil.rmtree, "tokenizer is missing"),
+    ("tokenizers", shutil.rmtree, "holds no tokenizers"),
+    ("tokenizers/text/tokenizer.model", lambda p: p.unlink(), "no such file"),
+    ("tokenizers/visual/model.safetensors", truncate, "not a readable safetensors file"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), DAMAGES, ids=[f"{f}-{m}" for f, _, m in DAMAGES])
+def test_damage_is_one_line_that_names_the_file(
+    bundle: Path, file: str, damage: Callable[[Path], object], message: str
+) -> None:
+    load_bundle(bundle)
+    damage(bundle / file)
+    with pytest.raises(PlaitError, match=message) as raised:
+        load_bundle(bundle)
+    assert str(bundle if file == "tokenizers" else bundle / file) in str(raised.value)
+    assert "\n" not in str(raised.value)
