@@ -26,6 +26,8 @@ def captioned_images(folder: Path) -> list[tuple[str, Image.Image]]:
         lines = manifest.read_text("utf-8").splitlines()
     except OSError:
         raise PlaitError(f"{manifest}: no such file; expected lines of JSON with path and caption") from None
+    except UnicodeDecodeError:
+        raise PlaitError(f"{manifest}: not UTF-8 text; save it as UTF-8") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:

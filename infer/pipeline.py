@@ -4,7 +4,6 @@ One prompt's way: parts → codes (the bundle's tokenizers) → ids (the grammar
 cursor) → media (the tokenizers again).
 """
 
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -51,7 +51,7 @@ def load_tokenizer(name: str | Path, modality: str | None = None) -> Any:
     folder = find_weights(name)
     if (folder / "vocabulary.json").is_file():
         modalities = Vocabulary.load(folder / "vocabulary.json").modalities
-        if modality not in modalities:
+        if modality is None or modality not in modalities:
             raise PlaitError(f"{folder}: is a bundle; name one of its modalities: {', '.join(modalities)}")
         folder = folder / "tokenizers" / modalities[modality].tokenizer
     kind = str(read_json(folder / "config.json").get("tokenizer"))

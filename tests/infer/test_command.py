@@ -204,7 +204,7 @@ def test_the_launchers_argument_is_ignored(main: Run, bundle: Path) -> None:
 
 def test_parts(tmp_path: Path, png: Path) -> None:
     assert parse_part(str(png)) == png
-    for text in ("a red apple", "", str(tmp_path), "what.is it", "x" * 5000, "nul\0.txt", "Mr. Bean", ".png"):
+    for text in ("a red apple", "", str(tmp_path), "what.is it", "x" * 5000, "nul\0", "Mr. Bean", ".png"):
         assert parse_part(text) == text
     for name in ("gone.png", "folder/gone.JPG", "gone.txt", "gone.mp4", "two words.png"):
         with pytest.raises(PlaitError, match="no such file"):

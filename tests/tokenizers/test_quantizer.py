@@ -2,9 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vector_quantize_pytorch import FSQ
+
 from plait.errors import PlaitError
 from plait.tokenizers.quantizer import FiniteScalarQuantizer
-from vector_quantize_pytorch import FSQ
 
 LEVELS = [(3,), (4,), (3, 3, 3), (4, 6, 8), (5, 4, 3), (7, 6, 5), (8, 5, 5, 5), (16, 16), (8, 8, 8, 5, 5, 5)]
 

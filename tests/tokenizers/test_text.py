@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plait.errors import PlaitError
 from plait.tokenizers.text import TextTokenizer
 
@@ -82,7 +83,7 @@ def test_half_a_surrogate_pair_is_refused(text_tokenizer: TextTokenizer, text: s
     ids=str,
 )
 def test_what_is_no_piece_is_refused(text_tokenizer: TextTokenizer, ids: list[int]) -> None:
-    with pytest.raises(PlaitError, match="^codes: "):
+    with pytest.raises(PlaitError, match=r"^codes: "):
         text_tokenizer.decode(ids)
 
 

@@ -1,0 +1,52 @@
+import json
+from pathlib import Path
+
+from plait.train.journal import Journal
+from plait.train.recipe import DecoderRecipe, load_recipe
+
+RECIPE = DecoderRecipe(["a"], "t", "o", steps=7)
+
+
+def steps(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_folder_of_a_run(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "a" / "b", RECIPE, vocabulary="abc")
+    journal.log(1, loss=0.123456789, lr=1e-5)
+    (line,) = (tmp_path / "a" / "b" / "metrics.jsonl").read_text().splitlines()
+    assert {k: v for k, v in json.loads(line).items() if k != "seconds"} == {"step": 1, "loss": 0.123457, "lr": 1e-5}
+    assert load_recipe(str(tmp_path / "a" / "b" / "recipe.yaml")) == RECIPE
+    facts = json.loads((tmp_path / "a" / "b" / "run.json").read_text())
+    assert facts["vocabulary"] == "abc"
+    assert {"python", "torch", "plait"} <= set(facts["versions"])
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run", RECIPE, active=False)
+    journal.log(1, loss=1.0)
+    journal.rewind(0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rewind_drops_what_comes_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, RECIPE)
+    journal.rewind(3)
+    for step in (1, 2, 3, 3, 4, 5):
+        journal.log(step, loss=step)
+    journal.rewind(3)
+    assert steps(tmp_path) == [1, 2, 3, 3]
+    journal.log(4, loss=4)
+    assert steps(tmp_path) == [1, 2, 3, 3, 4]
+    journal.rewind(0)
+    assert steps(tmp_path) == []
+
+
+def test_rewind_drops_a_line_cut_short(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, RECIPE)
+    journal.log(1, loss=1.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "sec')
+    journal.rewind(1)
+    journal.log(2, loss=2.0)
+    assert steps(tmp_path) == [1, 2]
