@@ -34,9 +34,9 @@ def gallery(model: Model, shown: list[tuple[str, Image.Image]], seed: int = 0) -
     pairs = [picture for pair in zip(images, again, strict=True) for picture in pair]
     labels = [label for caption in captions for label in (caption, "reconstructed")]
     parts = [
-        ("Caption to image", contact_sheet(pictures, 8, captions, 96)),
-        ("Image to caption", contact_sheet(images, 8, texts, 96)),
-        ("Through the image tokenizer", contact_sheet(pairs[:32], 8, labels[:32], 96)),
+        ("Caption to image", contact_sheet(pictures, 8, captions, 128)),
+        ("Image to caption", contact_sheet(images, 8, texts, 128)),
+        ("Through the image tokenizer", contact_sheet(pairs[:32], 8, labels[:32], 128)),
     ]
     return stack(parts), {"captions": captions, "generated_captions": texts}
 

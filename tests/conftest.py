@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
 from plait.infer.bundle import save_bundle
 from plait.model.config import DecoderConfig
 from plait.model.decoder import Decoder

@@ -27,7 +27,9 @@ def test_python_folders_stay_flat(folder: str) -> None:
 
 
 def test_hugging_face_tokenizers_import_from_the_root() -> None:
-    done = run(sys.executable, "-c", "import transformers, tokenizers; tokenizers.Tokenizer; print(tokenizers.__file__)")
+    done = run(
+        sys.executable, "-c", "import transformers, tokenizers; tokenizers.Tokenizer; print(tokenizers.__file__)"
+    )
     assert done.returncode == 0, done.stderr
     assert "site-packages" in done.stdout
 
@@ -44,7 +46,9 @@ def test_import_directions() -> None:
 
 
 def test_only_one_file_imports_deepspeed() -> None:
-    importers = [p.name for folder in FOLDERS for p in (ROOT / folder).glob("*.py") if "import deepspeed" in p.read_text()]
+    importers = [
+        p.name for folder in FOLDERS for p in (ROOT / folder).glob("*.py") if "import deepspeed" in p.read_text()
+    ]
     assert importers == ["engine.py"]
 
 
@@ -62,7 +66,8 @@ import pathlib, plait.tokenizers
 for folder in plait.tokenizers.__path__:
     for path in sorted(pathlib.Path(folder).glob("*.py")):
         importlib.import_module(f"plait.tokenizers.{path.stem}")
-print(json.dumps({"seconds": time.perf_counter() - start, "loaded": sorted(m for m in sys.modules if m.startswith("plait."))}))
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "loaded": sorted(m for m in sys.modules if m.startswith("plait."))}))
 """
 
 
@@ -76,7 +81,9 @@ def test_tokenizers_import_alone() -> None:
 def test_wheel_installs_plait_alone(tmp_path: Path) -> None:
     import zipfile
 
-    done = run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT))
+    done = run(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)
+    )
     assert done.returncode == 0, done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"plait"}

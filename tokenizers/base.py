@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -169,7 +170,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     except OSError as error:
         raise PlaitError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever made the write fail
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

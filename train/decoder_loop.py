@@ -21,7 +21,7 @@ from plait.tokenizers.modalities import MODALITIES
 from plait.tokenizers.vocabulary import Vocabulary
 from plait.train.engine import Engine, divide_batch, start_distributed
 from plait.train.journal import Journal
-from plait.train.loader import open_loader
+from plait.train.loader import batches, open_loader
 from plait.train.optimizer import build_optimizer, learning_rate
 from plait.train.recipe import DecoderRecipe
 from plait.train.sequences import Batch, SequenceEncoder
@@ -55,11 +55,11 @@ def train_decoder(recipe: DecoderRecipe) -> Path:
     first = checkpoints.restore()
     journal.rewind(first)
 
-    batches = iter(loader)
+    stream = batches(loader)
     streams = recipe.streams // world_size
     for step in range(first + 1, recipe.steps + 1):
         lr = learning_rate(step - 1, recipe.steps, recipe.optimizer)
-        share = Batch.join([next(batches) for _ in range(streams)])
+        share = Batch.join([next(stream) for _ in range(streams)])
         metrics = train_step(engine, share, recipe, list(vocabulary.modalities), lr)
         if step % recipe.log_every == 0 or step == 1 or step == recipe.steps:
             journal.log(step, **metrics)

@@ -46,10 +46,10 @@ class Journal:
         print(f"step {step:6d}  {seconds:8.1f} s  " + "  ".join(f"{k} {v:.4g}" for k, v in rounded.items()), flush=True)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after ``step``: a resumed run writes them again."""
+        """Drop the lines after ``step``, which a resumed run writes again, and a last line that a crash cut short."""
         if self.active and self.path.is_file():
-            lines = [line for line in self.path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in lines), "utf-8")
+            lines = [line for line in self.path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), "utf-8")
 
 
 def _commit() -> str | None:

@@ -9,7 +9,7 @@ processes. The loader's state is saved and restored exactly.
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,23 @@ if not sys.stderr.isatty():
     # energon draws its progress even into log files.
     os.environ.setdefault("TQDM_DISABLE", "1")
 from megatron.energon import SavableDataLoader, TaskEncoder, WorkerConfig, get_savable_loader, get_train_dataset
+from megatron.energon.errors import FatalSampleError
 
 from plait.errors import PlaitError
 from plait.train.shards import read_manifest
+
+
+def batches(loader: SavableDataLoader[Any]) -> Iterator[Any]:
+    """The loader's batches, without end.
+
+    Raises:
+        PlaitError: the data gives no batch, and says why.
+    """
+    try:
+        yield from loader
+    except FatalSampleError as error:
+        # The worker's traceback comes before its message.
+        raise PlaitError(str(error).strip().splitlines()[-1].split("FatalSampleError: ")[-1]) from None
 
 
 def open_loader(

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plait.errors import PlaitError
+from plait.infer.sampling import Sampling
 from plait.model.config import DecoderConfig
 from plait.tokenizers.visual import VisualConfig
 
@@ -296,6 +297,11 @@ def _check(recipe: Recipe, path: Path) -> None:
             raise PlaitError(f"{path}: parallel.dtype is {recipe.parallel.dtype!r}, expected 'float32' or 'bfloat16'")
         if recipe.sequence.length < 1:
             raise PlaitError(f"{path}: sequence.length is {recipe.sequence.length}, it must be at least 1")
+        for modality, settings in recipe.generation.items():
+            try:
+                Sampling.of(settings)
+            except (PlaitError, TypeError) as error:
+                raise PlaitError(f"{path}: generation.{modality}: {error}") from None
         for share in ("media_first", "drop_text"):
             if not 0 <= getattr(recipe.sequence, share) <= 1:
                 raise PlaitError(f"{path}: sequence.{share} is {getattr(recipe.sequence, share)}, expected 0 to 1")

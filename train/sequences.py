@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 from megatron.energon import Cooker, SkipSample, TaskEncoder, WorkerConfig, stateless
+from megatron.energon.errors import FatalSampleError
 from torch import Tensor
 
 from plait.model.loss import Targets
@@ -22,6 +23,8 @@ from plait.tokenizers.grammar import Grammar, Span
 from plait.tokenizers.vocabulary import PAD
 from plait.train.documents import TokenDocument, unpack_document
 from plait.train.recipe import SequenceConfig
+
+_HOPELESS = 10_000  # documents in a row that do not fit
 
 
 @dataclass
@@ -57,8 +60,8 @@ class Batch:
     def _map(self, change: Callable[..., Tensor], *others: Self) -> Self:
         """Change every tensor, together with the others' tensors of the same name."""
         rows = [(b.tokens, b.positions, b.targets.tokens, b.targets.weights, b.targets.groups) for b in (self, *others)]
-        tokens, positions, *targets = [change(*column) for column in zip(*rows, strict=True)]
-        return type(self)(tokens, positions, Targets(*targets, group_count=self.targets.group_count))
+        tokens, positions, wanted, weights, groups = (change(*column) for column in zip(*rows, strict=True))
+        return type(self)(tokens, positions, Targets(wanted, weights, groups, self.targets.group_count))
 
 
 def arrange(document: TokenDocument, config: SequenceConfig, draw: random.Random) -> list[tuple[Span, float]]:
@@ -147,10 +150,16 @@ class SequenceEncoder(TaskEncoder[Any, Any, Any, Any]):
         super().__init__()
         self.grammar, self.config, self.seed = grammar, config, seed
         self.pad = grammar.vocabulary.special(PAD)
+        self._skipped: set[str] = set()
+        self._skipped_in_a_row = 0
 
     @stateless
     def encode_sample(self, sample: dict[str, Any]) -> Any:
-        """One document; too long for a sequence, it is skipped and named."""
+        """One document; too long for a sequence, it is skipped and named once.
+
+        Raises:
+            FatalSampleError: nothing has fitted for so long that nothing seems to fit.
+        """
         key = sample["__key__"]
         worker = WorkerConfig.active_worker_config
         # Counted within the logical worker, so that it does not depend on the number of processes.
@@ -158,10 +167,17 @@ class SequenceEncoder(TaskEncoder[Any, Any, Any, Any]):
         draw = random.Random(hashlib.sha256(f"{self.seed}/{key}/{turn}".encode()).digest())
         sequence = encode(arrange(unpack_document(sample), self.config, draw), self.grammar)
         if len(sequence.ids) > self.config.length:
-            print(
-                f"skipped {key}: {len(sequence.ids)} tokens do not fit sequence.length {self.config.length}", flush=True
-            )
+            problem = f"{key}: {len(sequence.ids)} tokens do not fit sequence.length {self.config.length}"
+            if key not in self._skipped:
+                print(f"skipped {problem}", flush=True)
+            self._skipped.add(key)
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row == _HOPELESS:
+                raise FatalSampleError(
+                    f"{problem}, nor did the {_HOPELESS - 1} documents before; raise sequence.length"
+                )
             raise SkipSample
+        self._skipped_in_a_row = 0
         return {**{k: v for k, v in sample.items() if k.startswith("__")}, "sequence": sequence}
 
     def select_samples_to_pack(self, samples: list[Any]) -> list[list[Any]]:

@@ -21,7 +21,7 @@ from plait.tokenizers.media import EXTENSIONS, contact_sheet, read_image, to_ima
 from plait.tokenizers.metrics import CodebookUse, psnr
 from plait.tokenizers.visual import VisualTokenizer
 from plait.train.journal import Journal
-from plait.train.loader import open_loader
+from plait.train.loader import batches, open_loader
 from plait.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from plait.train.recipe import VisualTokenizerRecipe
 from plait.train.shards import read_samples
@@ -98,10 +98,10 @@ def train_visual(recipe: VisualTokenizerRecipe) -> VisualTokenizer:
     first = _restore(out / "checkpoint.pt", model, average, optimizer, loader)
     journal.rewind(first)
 
-    batches = iter(loader)
+    stream = batches(loader)
     for step in range(first + 1, recipe.steps + 1):
         set_learning_rate(optimizer, learning_rate(step - 1, recipe.steps, recipe.optimizer))
-        pixels = next(batches).contiguous(memory_format=torch.channels_last)
+        pixels = next(stream).contiguous(memory_format=torch.channels_last)
         decoded, codes = model(pixels)
         loss = reconstruction_loss(decoded, pixels, recipe)
         optimizer.zero_grad()

@@ -40,7 +40,7 @@ def both() -> tuple[Decoder, LlamaForCausalLM]:
             rms_norm_eps=CONFIG.norm_eps,
             tie_word_embeddings=True,
             attn_implementation="sdpa",
-        )  # fmt: skip
+        )
     )
     state = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in ours.state_dict().items()}
     theirs.load_state_dict(state)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from plait.train.pack import pack
 from plait.train.tokenize import tokenize
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plait.errors import PlaitError
 from plait.tokenizers.grammar import Span
 from plait.train.documents import Part, TokenDocument, count_codes, pack_document, raw_parts, unpack_document
@@ -32,9 +33,7 @@ def test_parts_give_order_loss_and_time() -> None:
         {"image": "0.png", "loss": False, "time": [0, 1.5]}, {"text": "what is it? é"}, {"image": "1.jpg"},
         {"text": "", "loss": True},
     ]  # fmt: skip
-    parts, ordered, facts = raw_parts(
-        {**sample({"parts": rows, "id": 3}, txt=b"unused"), "0.png": b"A", "1.jpg": b"B"}
-    )
+    parts, ordered, facts = raw_parts({**sample({"parts": rows, "id": 3}, txt=b"unused"), "0.png": b"A", "1.jpg": b"B"})
     assert parts == [
         Part("image", b"A", False, (0.0, 1.5)), Part("text", "what is it? é".encode()), Part("image", b"B"),
         Part("text", b""),

@@ -1,4 +1,5 @@
 import pytest
+
 from plait.errors import PlaitError
 from plait.train.engine import divide_batch
 from plait.train.recipe import DecoderRecipe

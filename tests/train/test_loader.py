@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from plait.errors import PlaitError
 from plait.tokenizers.grammar import Grammar
 from plait.tokenizers.vocabulary import Vocabulary

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
+
 from plait.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from plait.train.recipe import OptimizerConfig
-from torch import nn
 
 CONFIG = OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=10)
 

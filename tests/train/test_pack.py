@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import webdataset
+
 from plait.errors import PlaitError
 from plait.train.pack import PackReport, pack
 from plait.train.shards import read_samples

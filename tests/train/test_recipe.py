@@ -1,8 +1,9 @@
 from pathlib import Path
 from typing import Any
 
-import plait.launch
 import pytest
+
+import plait.launch
 from plait.errors import PlaitError
 from plait.train.recipe import DecoderRecipe, VisualTokenizerRecipe, load_recipe, save_recipe
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plait.errors import PlaitError
 from plait.model.loss import Targets
 from plait.tokenizers.grammar import Grammar, Span
@@ -105,9 +106,7 @@ def test_weights_are_zero_exactly_at_forced_tokens(grammar: Grammar) -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(
-    st.lists(st.tuples(st.booleans(), st.integers(1, 4), st.integers(1, 4), st.booleans()), min_size=1, max_size=4)
-)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 4), st.integers(1, 4), st.booleans()), min_size=1, max_size=4))
 def test_weights_follow_the_parser(grammar: Grammar, plan: list[tuple[bool, int, int, bool]]) -> None:
     """Weight where the cursor leaves more than one id, and nowhere in a span without loss."""
     spans = [

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from plait.errors import PlaitError
 from plait.train.pack import pack
 from plait.train.shards import MANIFEST, make_folder, read_manifest, read_samples, read_shard, shard_writer

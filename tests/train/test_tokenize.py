@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+
 from plait.errors import PlaitError
 from plait.tokenizers.loading import load_tokenizers
 from plait.tokenizers.media import read_image, to_pixels
