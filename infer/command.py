@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError
-from plait.infer.document import Document, write_file
+from plait.infer.document import Document
 from plait.infer.pipeline import Finished, Model, TextDelta, load
+from plait.tokenizers.base import write_file
 from plait.tokenizers.media import EXTENSIONS, modality_of
 from plait.tokenizers.modalities import MODALITIES
 

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from plait.errors import PlaitError
-from plait.infer.document import write_file
 from plait.infer.evaluate import captioned_images
 from plait.infer.pipeline import Model, load
+from plait.tokenizers.base import write_file
 from plait.tokenizers.loading import find_weights
 from plait.tokenizers.media import contact_sheet
 from plait.tokenizers.modalities import MODALITIES

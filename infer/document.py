@@ -1,8 +1,6 @@
 """Parts and documents: what people hand in and get back."""
 
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from plait.errors import PlaitError
+from plait.tokenizers.base import write_file
 from plait.tokenizers.media import Audio, Video, modality_of, to_rgb
 from plait.tokenizers.modalities import MODALITIES
 
@@ -89,20 +88,3 @@ def read_file(path: Path) -> tuple[str, Any]:
     if modality not in MODALITIES:
         raise PlaitError(f"{path}: {modality} is not supported; supported are {', '.join(MODALITIES)}")
     return modality, MODALITIES[modality].read(data, str(path))
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        PlaitError: the folder is missing or full, or may not be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise PlaitError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):  # whatever made the write fail
-            temporary.unlink(missing_ok=True)

@@ -157,28 +157,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all.
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
 
     Raises:
         PlaitError: the folder is missing or full, or may not be written to.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(save(tensors, metadata))
+        temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        raise PlaitError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise PlaitError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
     finally:
         with suppress(OSError):  # whatever made the write fail
             temporary.unlink(missing_ok=True)
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        PlaitError: as `write_file`.
+    """
+    write_file(path, save(tensors, metadata))
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object so that an interrupted write leaves the old file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    temporary.replace(path)
+    """Write a JSON object whole or not at all.
+
+    Raises:
+        PlaitError: as `write_file`.
+    """
+    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def config_from_json(config_class: type[T], content: dict[str, Any], where: Path) -> T:

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from plait.errors import PlaitError
-from plait.infer.document import write_file
+from plait.tokenizers.base import write_file
 from plait.tokenizers.loading import load_tokenizers
 from plait.tokenizers.media import contact_sheet
 from plait.tokenizers.modalities import MODALITIES

@@ -164,7 +164,7 @@ def evaluate(tokenizer: VisualTokenizer, images: Tensor, batch: int = 64) -> tup
 
     Returns:
         PSNR (mean over images, dB), codebook use and perplexity, PSNR of an unquantized thumbnail with one colour per
-        code as the yardstick, and a contact sheet of originals above reconstructions.
+        code as the yardstick, and a contact sheet of originals, each followed by its reconstruction.
     """
     use = CodebookUse(tokenizer.codebook_sizes[0])
     scores, thumbnails = [], []
@@ -179,20 +179,13 @@ def evaluate(tokenizer: VisualTokenizer, images: Tensor, batch: int = 64) -> tup
         thumbnails.append(psnr(F.interpolate(small, size=pixels.shape[-2:], mode="bicubic"), pixels))
         if len(rows) < 64:
             rows += [to_image(x) for pair in zip(pixels, decoded, strict=True) for x in pair]
-    shown = rows[:64]
-    ordered = [
-        shown[i]
-        for r in range(0, len(shown), 16)
-        for start in (r, r + 1)
-        for i in range(start, min(r + 16, len(shown)), 2)
-    ]
     figures = {
         "heldout_psnr": float(torch.cat(scores).mean()),
         "thumbnail_psnr": float(torch.cat(thumbnails).mean()),
         "codebook_use": use.used,
         "codebook_perplexity": use.perplexity,
     }
-    return figures, contact_sheet(ordered, columns=8)
+    return figures, contact_sheet(rows[:64], columns=8)
 
 
 def _save(path: Path, step: int, *parts: Any) -> None:

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from plait.errors import PlaitError
-from plait.infer.document import Document, read_file, read_parts, write_file
+from plait.infer.document import Document, read_file, read_parts
+from plait.tokenizers.base import write_file
 from plait.tokenizers.media import Audio, Video
 
 
