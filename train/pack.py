@@ -70,8 +70,10 @@ Sample = tuple[str, dict[str, bytes | Path]]  # key and, by extension, content o
 
 
 def _content(member: bytes | Path) -> bytes:
+    if isinstance(member, bytes):
+        return member
     try:
-        return member if isinstance(member, bytes) else member.read_bytes()
+        return member.read_bytes()
     except OSError as error:
         raise PlaitError(f"{member}: cannot be read ({error.strerror}); mend or remove it") from None
 

@@ -195,13 +195,13 @@ def load_recipe(name: str, overrides: Sequence[str] = (), kinds: Sequence[str] =
     """
     path = find_recipe(name)
     try:
-        content = OmegaConf.create(path.read_text("utf-8"))
+        content: Any = OmegaConf.create(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PlaitError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
     except AssertionError:  # what OmegaConf says to a lone number
         raise PlaitError(f"{path}: expected a mapping of keys to values") from None
-    plain = cast(Any, OmegaConf.to_container(content))
-    kind = plain.get("kind") if isinstance(plain, dict) else None
+    plain: Any = OmegaConf.to_container(content)
+    kind: Any = plain.get("kind") if isinstance(plain, dict) else None
     if kind not in kinds:
         found = "missing" if kind is None else repr(kind)
         raise PlaitError(f"{path}: kind is {found}, this command runs {' or '.join(map(repr, kinds))}")

@@ -1,9 +1,9 @@
 """Real runs of a tiny decoder, each in processes of its own as a user starts them."""
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -59,13 +60,23 @@ def start(launcher: list[str], recipe: Path, out: Path, *overrides: str) -> subp
     )
 
 
+def kill(process: subprocess.Popen[str]) -> None:
+    # The launchers give their workers sessions of their own, so killing the group would leave them running.
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(everyone)
+    process.communicate()
+
+
 def run(launcher: list[str], recipe: Path, out: Path, *overrides: str) -> str:
     process = start(launcher, recipe, out, *overrides)
     try:
         output, _ = process.communicate(timeout=180)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
     assert process.returncode == 0, output
     return output
 
@@ -121,8 +132,8 @@ def test_bundle_generates(alone: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "zero", "micro_batch"),
-    [(TORCHRUN, 0, 2), (TORCHRUN, 1, 1), (TORCHRUN, 2, 1), (TORCHRUN, 3, 1), (DEEPSPEED, 3, 2)],
-    ids=["torchrun-0", "torchrun-1", "torchrun-2", "torchrun-3", "deepspeed-3"],
+    [(TORCHRUN, 1, 1), (TORCHRUN, 2, 1), (TORCHRUN, 3, 1), (DEEPSPEED, 0, 2)],
+    ids=["torchrun-1", "torchrun-2", "torchrun-3", "deepspeed-0"],
 )
 def test_two_processes_agree_with_one(
     launcher: list[str], zero: int, micro_batch: int, alone: Path, recipe: Path, tmp_path: Path
@@ -150,23 +161,19 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "overrides"),
-    [(ALONE, []), (ALONE, ["parallel.zero=2", "parallel.dtype=bfloat16"]), (TORCHRUN, ["parallel.zero=3"])],
-    ids=["alone", "bfloat16", "torchrun-3"],
+    [(ALONE, []), (TORCHRUN, ["parallel.zero=3", "parallel.dtype=bfloat16"])],
+    ids=["alone", "torchrun-3-bfloat16"],
 )
-def test_killed_run_goes_on_exactly(
-    launcher: list[str], overrides: list[str], alone: Path, recipe: Path, tmp_path: Path
-) -> None:
-    out, long = tmp_path / "run", [*overrides, "steps=40", "save_every=3"]
+def test_killed_run_goes_on_exactly(launcher: list[str], overrides: list[str], recipe: Path, tmp_path: Path) -> None:
+    out, long = tmp_path / "run", [*overrides, "steps=20", "save_every=3"]
     process = start(launcher, recipe, out, *long)
     wait_for(out / "checkpoints" / "step-6", process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()  # type: ignore[union-attr]
+    kill(process)
     resumed_from = int((out / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
-    assert 3 <= resumed_from < 40
+    assert 3 <= resumed_from < 20
     # A line of the future and half a line, which the resumed run must drop.
     with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 40, "loss": 0}\n{"step": 4')
+        file.write('{"step": 20, "loss": 0}\n{"step": 4')
     run(launcher, recipe, out, *long)
     whole = tmp_path / "whole"
     run(launcher, recipe, whole, *long)

@@ -80,7 +80,7 @@ def test_folder_or_manifest_missing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_other_kind_says_which_command_to_use(folder: Path) -> None:
-    with pytest.raises(PlaitError, match="holds raw shards, expected tokens shards.*plait data tokenize"):
+    with pytest.raises(PlaitError, match=r"holds raw shards, expected tokens shards.*plait data tokenize"):
         read_manifest(folder, "tokens")
 
 
@@ -105,19 +105,28 @@ def test_manifest_that_is_no_object(folder: Path, text: str) -> None:
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("stop"), PlaitError("stop"), KeyboardInterrupt()])
-def test_failing_writer_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), shard_writer(tmp_path / SHARD) as write:
+def fail(path: Path, error: BaseException) -> None:
+    with shard_writer(path) as write:
         write({"__key__": "a", "txt": b"hello"})
         raise error
+
+
+def write_one(path: Path, size: int) -> None:
+    with shard_writer(path) as write:
+        write({"__key__": "a", "bin": bytes(size)})
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), PlaitError("stop"), KeyboardInterrupt()])
+def test_failing_writer_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        fail(tmp_path / SHARD, error)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_failing_writer_keeps_the_old_shard(tmp_path: Path) -> None:
     (tmp_path / SHARD).write_bytes(b"old")
-    with pytest.raises(RuntimeError), shard_writer(tmp_path / SHARD) as write:
-        write({"__key__": "a", "txt": b"hello"})
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail(tmp_path / SHARD, RuntimeError())
     assert (tmp_path / SHARD).read_bytes() == b"old"
 
 
@@ -129,8 +138,7 @@ def test_full_disk(tmp_path: Path, size: int) -> None:
     # The writer's temporary file leads to a device that is always full.
     (tmp_path / f".{SHARD}.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(PlaitError, match=rf"{SHARD}: cannot write \(No space left on device\)"):
-        with shard_writer(tmp_path / SHARD) as write:
-            write({"__key__": "a", "bin": bytes(size)})
+        write_one(tmp_path / SHARD, size)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -91,7 +91,7 @@ def test_nothing_readable(tokenizers: Path, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "latin.txt").write_bytes(b"caf\xe9")
     pack(tmp_path / "source", tmp_path / "raw")
-    with pytest.raises(PlaitError, match="no sample could be tokenized; the first: .*latin"):
+    with pytest.raises(PlaitError, match=r"no sample could be tokenized; the first: .*latin"):
         tokenize(tmp_path / "raw", tmp_path / "out", str(tokenizers), workers=1)
     assert not (tmp_path / "out" / MANIFEST).exists()
 

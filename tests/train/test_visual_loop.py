@@ -176,7 +176,7 @@ def test_run_writes_tokenizer_sheet_and_metrics(
 
 @pytest.mark.slow
 def test_killed_run_goes_on_exactly(config: Path, tmp_path: Path, plait: Callable[..., Any]) -> None:
-    out, plan = tmp_path / "run", ["steps=60", "eval_every=10"]
+    out, plan = tmp_path / "run", ["steps=40", "eval_every=10"]
     command = [sys.executable, "-m", "plait", "tokenizer", "train", str(config), *plan]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
@@ -188,13 +188,13 @@ def test_killed_run_goes_on_exactly(config: Path, tmp_path: Path, plait: Callabl
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     step = torch.load(out / "checkpoint.pt", weights_only=False)["step"]
-    assert 10 <= step < 60
+    assert 10 <= step < 40
     for folder in (out, tmp_path / "whole"):
         done = plait("tokenizer", "train", config, *plan, f"out={folder}")
         assert done.returncode == 0, done.stderr
     for name in ("loss", "heldout_psnr", "stored_heldout_psnr"):
         assert metrics(out, name) == pytest.approx(metrics(tmp_path / "whole", name), rel=1e-5)
-    assert len(metrics(out, "heldout_psnr")) == 6
+    assert len(metrics(out, "heldout_psnr")) == 4
 
 
 @pytest.mark.slow
