@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from plait.tokenizers.base import write_json
-from plait.train.recipe import Recipe, save_recipe
+from plait.train.recipe import Recipe
+from plait.train.recipe_file import save_recipe
 
 
 class Journal:

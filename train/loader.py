@@ -18,11 +18,31 @@ import yaml
 if not sys.stderr.isatty():
     # energon draws its progress even into log files.
     os.environ.setdefault("TQDM_DISABLE", "1")
-from megatron.energon import SavableDataLoader, TaskEncoder, WorkerConfig, get_savable_loader, get_train_dataset
+from megatron.energon import (
+    Cooker,
+    SavableDataLoader,
+    TaskEncoder,
+    WorkerConfig,
+    get_savable_loader,
+    get_train_dataset,
+    stateless,
+)
 from megatron.energon.errors import FatalSampleError
 
 from plait.errors import PlaitError
 from plait.train.shards import read_manifest
+
+
+@stateless
+def _cook(sample: dict[str, Any]) -> dict[str, Any]:
+    return sample
+
+
+class SampleEncoder(TaskEncoder[Any, Any, Any, Any]):
+    """The base of what turns samples into batches: `encode_sample` gets ``__key__`` and each member's raw bytes."""
+
+    decoder = None
+    cookers = [Cooker(_cook)]  # noqa: RUF012 (energon reads it from the class)
 
 
 def batches(loader: SavableDataLoader[Any]) -> Iterator[Any]:
@@ -40,7 +60,7 @@ def batches(loader: SavableDataLoader[Any]) -> Iterator[Any]:
 
 def open_loader(
     folders: Sequence[str | Path],
-    encoder: TaskEncoder[Any, Any, Any, Any],
+    encoder: SampleEncoder,
     *,
     kind: str,
     scratch: Path,

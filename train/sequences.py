@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from megatron.energon import Cooker, SkipSample, TaskEncoder, WorkerConfig, stateless
+from megatron.energon import SkipSample, WorkerConfig, stateless
 from megatron.energon.errors import FatalSampleError
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from plait.model.loss import Targets
 from plait.tokenizers.grammar import Grammar, Span
 from plait.tokenizers.vocabulary import PAD
 from plait.train.documents import TokenDocument, unpack_document
+from plait.train.loader import SampleEncoder
 from plait.train.recipe import SequenceConfig
 
 _HOPELESS = 10_000  # documents in a row that do not fit
@@ -135,16 +136,8 @@ def pack_sequences(sequences: list[Sequence], length: int, pad: int) -> dict[str
     return packed
 
 
-@stateless
-def _cook(sample: dict[str, Any]) -> dict[str, Any]:
-    return sample
-
-
-class SequenceEncoder(TaskEncoder[Any, Any, Any, Any]):
+class SequenceEncoder(SampleEncoder):
     """Token-shard samples → `Batch`."""
-
-    decoder = None
-    cookers = [Cooker(_cook)]  # noqa: RUF012 (energon reads it from the class)
 
     def __init__(self, grammar: Grammar, config: SequenceConfig, seed: int) -> None:
         super().__init__()

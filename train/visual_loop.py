@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.energon import Cooker, TaskEncoder, stateless
+from megatron.energon import SkipSample, stateless
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from plait.tokenizers.media import EXTENSIONS, contact_sheet, read_image, to_ima
 from plait.tokenizers.metrics import CodebookUse, psnr
 from plait.tokenizers.visual import VisualTokenizer
 from plait.train.journal import Journal
-from plait.train.loader import batches, open_loader
+from plait.train.loader import SampleEncoder, batches, open_loader
 from plait.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from plait.train.recipe import VisualTokenizerRecipe
 from plait.train.shards import read_samples
@@ -37,16 +37,8 @@ def crop_square(image: Image.Image, side: int) -> Image.Image:
     return image if image.size == (side, side) else ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
 
 
-@stateless
-def _cook(sample: dict[str, Any]) -> dict[str, Any]:
-    return sample
-
-
-class ImageEncoder(TaskEncoder[Any, Any, Any, Any]):
+class ImageEncoder(SampleEncoder):
     """Raw samples → pixel crops ``[B, 3, side, side]``; samples without a readable image are skipped."""
-
-    decoder = None
-    cookers = [Cooker(_cook)]  # noqa: RUF012 (energon reads it from the class)
 
     def __init__(self, side: int, flip: bool, seed: int) -> None:
         super().__init__()
@@ -55,8 +47,6 @@ class ImageEncoder(TaskEncoder[Any, Any, Any, Any]):
     @stateless
     def encode_sample(self, sample: dict[str, Any]) -> Any:
         """Decode, crop, mirror."""
-        from megatron.energon import SkipSample
-
         data = image_bytes(sample)
         if data is None:
             raise SkipSample

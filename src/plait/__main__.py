@@ -22,6 +22,10 @@ tokenizer = typer.Typer(help="Train and use tokenizers.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
 
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A path or a shipped name, such as tiny/image or tiny/decoder.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 ModelName = Annotated[str, typer.Option("--model", help="Bundle: a path or a shipped name.")]
 
@@ -78,14 +82,14 @@ def generate(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A path, or a shipped recipe such as tiny/decoder.")],
+    recipe: RecipeName,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a decoder; alone, or under torchrun or deepspeed."""
-    from plait.train.recipe import load_recipe
+    from plait.train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], kinds=["decoder"])
     from plait.train.decoder_loop import train_decoder
@@ -114,14 +118,15 @@ def evaluate(
 
 @tokenizer.command("train")
 def tokenizer_train(
-    recipe: Annotated[str, typer.Argument(help="A path, or a shipped recipe such as tiny/image.")],
+    recipe: RecipeName,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a text or visual tokenizer."""
-    from plait.train.recipe import TextTokenizerRecipe, load_recipe
+    from plait.train.recipe import TextTokenizerRecipe
+    from plait.train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], kinds=["text-tokenizer", "visual-tokenizer"])
     if isinstance(loaded, TextTokenizerRecipe):

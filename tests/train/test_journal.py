@@ -2,7 +2,8 @@ import json
 from pathlib import Path
 
 from plait.train.journal import Journal
-from plait.train.recipe import DecoderRecipe, load_recipe
+from plait.train.recipe import DecoderRecipe
+from plait.train.recipe_file import load_recipe
 
 RECIPE = DecoderRecipe(["a"], "t", "o", steps=7)
 

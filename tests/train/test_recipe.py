@@ -5,7 +5,8 @@ import pytest
 
 import plait.launch
 from plait.errors import PlaitError
-from plait.train.recipe import DecoderRecipe, VisualTokenizerRecipe, load_recipe, save_recipe
+from plait.train.recipe import DecoderRecipe, VisualTokenizerRecipe
+from plait.train.recipe_file import load_recipe, save_recipe
 
 BASE = "kind: decoder\nshards: [a]\ntokenizers: t\nout: o\n"
 SHIPPED = sorted(
