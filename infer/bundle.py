@@ -21,6 +21,7 @@ from plait.tokenizers.base import (
     check_format_version,
     config_from_json,
     load_weights,
+    make_folder,
     read_json,
     write_json,
     write_tensors,
@@ -70,9 +71,10 @@ def save_bundle(
         context: longest document that it was trained on, in tokens.
         dtype: of the stored weights.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    folder = folder.resolve()
+    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
     stored = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items() if name not in tied}
     write_tensors(temporary / "model.safetensors", stored)
@@ -89,8 +91,11 @@ def save_bundle(
     write_json(temporary / "generation.json", {"format_version": FORMAT_VERSION, **generation})
     for name in vocabulary.tokenizers:
         shutil.copytree(tokenizers / name, temporary / "tokenizers" / name)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
     temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
@@ -127,8 +132,14 @@ def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.fl
             )
         if isinstance(tokenizers[name], torch.nn.Module):
             tokenizers[name].to(device)
-    decoder = Decoder(config)
+    try:
+        with torch.device("meta"):  # sizes only: config.json may ask for more than the weights have
+            decoder = Decoder(config)
+    except RuntimeError as error:
+        raise PlaitError(f"{config_file}: decoder: no tensor can be that large ({error}); restore the file") from None
     load_weights(decoder, folder / "model.safetensors", tied=("lm_head.weight",) if config.tie_embeddings else ())
+    if config.tie_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight
     decoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return Bundle(decoder, vocabulary, tokenizers, _load_generation(folder / "generation.json"), content["context"])
 
@@ -139,6 +150,6 @@ def _load_generation(path: Path) -> dict[str, dict[str, Any]]:
     for modality, settings in generation.items():
         try:
             Sampling.of(settings)
-        except (PlaitError, TypeError) as error:  # TypeError: a value is not a number, or the settings no object
+        except (PlaitError, TypeError) as error:  # TypeError: the settings are no object
             raise PlaitError(f"{path}: {modality}: {error}; mend the entry") from None
     return generation

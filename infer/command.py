@@ -15,14 +15,19 @@ def parse_part(argument: str) -> str | Path:
     """A command-line part: an existing file is media, everything else is text.
 
     Raises:
-        PlaitError: it ends in a media extension and does not exist.
+        PlaitError: it is empty or a folder, or ends in a media extension and does not exist.
     """
+    if not argument:
+        raise PlaitError("PART: is empty; give text or a file")
     path = Path(argument)
     try:
-        if path.is_file():
-            return path
+        file, folder = path.is_file(), path.is_dir()
     except (OSError, ValueError):  # too long or with a NUL byte: no path
         return argument
+    if file:
+        return path
+    if folder:
+        raise PlaitError(f"{argument}: is a folder; name a file")
     if modality_of(path) is not None:
         raise PlaitError(f"{argument}: no such file (a part that ends in {path.suffix} is a file)")
     return argument

@@ -9,10 +9,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from plait.errors import PlaitError
 from plait.infer.evaluate import captioned_images
 from plait.infer.pipeline import Model, load
-from plait.tokenizers.base import write_file
+from plait.tokenizers.base import make_folder, write_file
 from plait.tokenizers.loading import find_weights
 from plait.tokenizers.media import contact_sheet
 from plait.tokenizers.modalities import MODALITIES
@@ -29,7 +28,7 @@ def gallery(model: Model, shown: list[tuple[str, Image.Image]], seed: int = 0) -
     captions, images = [caption for caption, _ in shown], [image for _, image in shown]
     pictures = model.generate_batch([[caption] for caption in captions], to="image", seed=seed)
     texts = model.generate_batch([[image] for image in images], to="text", seed=seed)
-    entry, tokenizer = MODALITIES["image"], model.bundle.tokenizers["visual"]
+    entry, tokenizer = MODALITIES["image"], model.tokenizer("image")
     again = [entry.decode(tokenizer, entry.encode(tokenizer, image)) for image in images]
     pairs = [picture for pair in zip(images, again, strict=True) for picture in pair]
     labels = [label for caption in captions for label in (caption, "reconstructed")]
@@ -56,9 +55,6 @@ def stack(parts: list[tuple[str, Image.Image]]) -> Image.Image:
 def run_demo(bundle: str, out: Path) -> Path:
     """Write ``out/gallery.png`` from the examples that come with a bundle, and return it."""
     page, _ = gallery(load(bundle), captioned_images(find_weights(bundle) / "examples"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlaitError(f"{out}: cannot be made ({error.strerror})") from None
+    make_folder(out)
     write_file(out / "gallery.png", MODALITIES["image"].write(page))
     return out / "gallery.png"

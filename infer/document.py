@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from plait.errors import PlaitError
-from plait.tokenizers.base import write_file
+from plait.tokenizers.base import make_folder, write_file
 from plait.tokenizers.media import Audio, Video, modality_of, to_rgb
 from plait.tokenizers.modalities import MODALITIES
 
@@ -31,10 +31,7 @@ class Document:
             PlaitError: the folder cannot be made or written to, or a part cannot be read.
         """
         folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PlaitError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
+        make_folder(folder)
         lines = []
         for number, (modality, medium) in enumerate(read_parts(self.parts), 1):
             if modality == "text":

@@ -23,13 +23,15 @@ def captioned_images(folder: Path) -> list[tuple[str, Image.Image]]:
     """
     manifest = folder / "manifest.jsonl"
     try:
-        lines = manifest.read_text("utf-8").splitlines()
+        lines = manifest.read_text("utf-8").split("\n")  # alone: JSON strings may hold other line separators
     except OSError:
         raise PlaitError(f"{manifest}: no such file; expected lines of JSON with path and caption") from None
     except UnicodeDecodeError:
         raise PlaitError(f"{manifest}: not UTF-8 text; save it as UTF-8") from None
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             rows.append((str(row["caption"]), folder / row["path"]))
@@ -56,11 +58,12 @@ def evaluate(model: Model, rows: list[tuple[str, Image.Image]], items: int = 50,
         generated caption is exactly one of theirs.
 
     Raises:
-        PlaitError: the images differ in size.
+        PlaitError: the images differ in size, or the model lacks text or image.
     """
+    model.tokenizer("text")
     if len({image.size for _, image in rows}) > 1:
         raise PlaitError("eval: the images differ in size; scale them to one size first")
-    tokenizer = model.bundle.tokenizers["visual"]
+    tokenizer = model.tokenizer("image")
     pixels = torch.stack([to_pixels(image) for _, image in rows])
     use = CodebookUse(tokenizer.codebook_sizes[0])
     quality = []

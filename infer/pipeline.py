@@ -4,6 +4,7 @@ One prompt's way: parts → codes (the bundle's tokenizers) → ids (the grammar
 cursor) → media (the tokenizers again).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from plait.infer.sampling import Sampling, restrict
 from plait.tokenizers.grammar import Cursor, Grammar, Span
 from plait.tokenizers.loading import find_weights
 from plait.tokenizers.modalities import MODALITIES
+
+ROWS = 64  # requests that are generated together at most: each has its rows in the KV cache
 
 
 @dataclass
@@ -65,14 +68,17 @@ def load(name: str | Path = "plait-tiny", device: str = "cpu", dtype: torch.dtyp
 
     Args:
         name: a path, or a shipped bundle's name.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:1", ….
         dtype: of the decoder's weights; tokenizers stay in float32.
 
     Raises:
         PlaitError: not found, damaged or mismatched, or no such device.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise PlaitError(f"device: {device} was asked for and PyTorch finds no GPU; use cpu")
+    known = re.fullmatch(r"cpu|cuda(?::(\d+))?", str(device), re.ASCII)
+    if not known:
+        raise PlaitError(f"device: {device!r} must be cpu, cuda or cuda with a number, such as cuda:1")
+    if known[0] != "cpu" and int(known[1] or 0) >= (found := torch.cuda.device_count()):
+        raise PlaitError(f"device: {device} was asked for and PyTorch finds {found} GPUs; use cpu or another number")
     return Model(load_bundle(find_weights(name), device, dtype))
 
 
@@ -121,24 +127,25 @@ class Model:
             PlaitError: a part cannot be read, the model lacks a modality, or the prompt leaves no room.
         """
         overrides = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-        requests = self._requests(parts, to, 1 if n is None else n, seed, overrides, max_tokens)
-        for _ in generate(self.bundle.decoder, requests):
-            pass
-        results = [self._result(request, to) for request in requests]
+        results = self._finish(self._requests(parts, to, 1 if n is None else n, seed, overrides, max_tokens), to)
         return results[0] if n is None else results
 
     def generate_batch(self, prompts: Sequence[Sequence[Any]], to: str, seed: int = 0, **settings: Any) -> list[Any]:
         """Generate one medium for each of several prompts, together; ``settings`` as in `generate`.
 
         Prompt i draws from the random numbers of ``seed`` and i.
+
+        Raises:
+            PlaitError: a prompt is no sequence of parts, or as `generate`.
         """
+        for i, parts in enumerate(prompts):
+            if isinstance(parts, str) or not isinstance(parts, Sequence):
+                raise PlaitError(f"prompts[{i}]: is a {type(parts).__name__}; give a list of parts, even for one part")
         max_tokens = settings.pop("max_tokens", None)
         requests = [
             self._requests(parts, to, 1, seed, settings, max_tokens, first=i)[0] for i, parts in enumerate(prompts)
         ]
-        for _ in generate(self.bundle.decoder, requests):
-            pass
-        return [self._result(request, to) for request in requests]
+        return self._finish(requests, to)
 
     def stream(
         self, *parts: Any, to: str, seed: int | None = None, max_tokens: int | None = None, **settings: Any
@@ -193,6 +200,15 @@ class Model:
         per_token = torch.stack(values).cpu()
         return Score(float(per_token.double().sum()), per_token)
 
+    def tokenizer(self, modality: str) -> Any:
+        """A modality's tokenizer.
+
+        Raises:
+            PlaitError: the model has no such modality.
+        """
+        self.grammar.form(modality)
+        return self.bundle.tokenizers[self.bundle.vocabulary.modalities[modality].tokenizer]
+
     @property
     def _device(self) -> torch.device:
         return self.bundle.decoder.lm_head.weight.device
@@ -207,21 +223,26 @@ class Model:
         max_tokens: int | None,
         first: int = 0,
     ) -> list[Request]:
+        for name, value in (("n", n), ("seed", seed), ("max_tokens", max_tokens)):
+            if value is not None and type(value) is not int:
+                raise PlaitError(f"{name}: {value!r} must be a whole number")
         if n < 1:
             raise PlaitError(f"n: {n} must be at least 1")
         prompt = self._ids(parts)
         begin = [] if to == "interleaved" else [self.grammar.form(to).begin]
         sampling = {m: Sampling.of(self.bundle.generation.get(m, {}), **overrides) for m in self.grammar.forms}
         ids = prompt + begin
+        least = 1 if to == "interleaved" else self.grammar.form(to).least - 1  # besides the begin token
+        if max_tokens is not None and max_tokens < least:
+            raise PlaitError(f"max_tokens: is {max_tokens}, {to} needs at least {least}; raise it")
         room = self.context - len(ids)
-        if max_tokens is not None:
-            room = min(room, max_tokens)
-        least = 1 if to == "interleaved" else self.grammar.form(to).least - 1
         if room < least:
             raise PlaitError(
-                f"prompt: {len(prompt)} tokens of a context of {self.context} leave {room} for {to}, which needs at "
-                f"least {least}; shorten the prompt or raise max_tokens"
+                f"prompt: takes {len(prompt)} of the context's {self.context} tokens, {to} needs at least "
+                f"{len(begin) + least}; shorten the prompt"
             )
+        if max_tokens is not None:
+            room = min(room, max_tokens)
         # <eos> closes the cursor's budget; a single medium is finished before it.
         budget = len(ids) - 1 + room + (to != "interleaved")
         guided = bool(parts) and to != "interleaved" and sampling[to].guidance != 1
@@ -252,18 +273,21 @@ class Model:
         return [self.grammar.bos, *(i for span in spans for i in self.grammar.write(span).tolist())]
 
     def _span(self, modality: str, medium: Any) -> Span:
-        self.grammar.form(modality)
-        codes = MODALITIES[modality].encode(self._tokenizer(modality), medium)
-        return Span(modality, codes.cpu())
-
-    def _tokenizer(self, modality: str) -> Any:
-        return self.bundle.tokenizers[self.bundle.vocabulary.modalities[modality].tokenizer]
+        tokenizer = self.tokenizer(modality)
+        return Span(modality, MODALITIES[modality].encode(tokenizer, medium).cpu())
 
     def _medium(self, span: Span) -> Any:
-        return MODALITIES[span.modality].decode(self._tokenizer(span.modality), span.codes)
+        return MODALITIES[span.modality].decode(self.tokenizer(span.modality), span.codes)
 
     def _document(self, spans: Sequence[Span]) -> Document:
         return Document([self._medium(span) for span in spans])
+
+    def _finish(self, requests: list[Request], to: str) -> list[Any]:
+        """Generate what is asked for, at most `ROWS` requests at a time."""
+        for first in range(0, len(requests), ROWS):
+            for _ in generate(self.bundle.decoder, requests[first : first + ROWS]):
+                pass
+        return [self._result(request, to) for request in requests]
 
     def _result(self, request: Request, to: str) -> Any:
         if to != "interleaved":

@@ -1,5 +1,6 @@
 """From logits to a token: mask, guidance, temperature, top-k, top-p."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -27,7 +28,10 @@ class Sampling:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        for name, value in vars(self).items():
+            if type(value) not in (int, float) or math.isnan(value):
+                raise PlaitError(f"{name}: {value!r} must be a number")
+        if self.temperature < 0:
             raise PlaitError(f"temperature: {self.temperature} must be at least 0")
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise PlaitError(f"top_k: {self.top_k} must be a whole number of at least 0")
@@ -41,10 +45,10 @@ class Sampling:
         """From a bundle's settings, with those overrides that are not None.
 
         Raises:
-            PlaitError: an unknown setting or a value out of range.
+            PlaitError: an unknown setting, or a value that is no number or out of range.
         """
         known = [f.name for f in fields(cls)]
-        if unknown := set(settings) - set(known):
+        if unknown := {*settings, *overrides} - set(known):
             raise PlaitError(f"unknown setting {min(unknown)!r}; the settings are {', '.join(known)}")
         return replace(cls(**settings), **{k: v for k, v in overrides.items() if v is not None})
 

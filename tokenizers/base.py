@@ -73,7 +73,7 @@ class Codes:
         except (OSError, safetensors.SafetensorError) as error:
             raise PlaitError(f"{path}: not a readable codes file ({error}); encode the original again") from None
         if "plait" not in metadata or "codes" not in tensors:
-            raise PlaitError(f"{path}: holds no plait codes; write it with `plait tokenizer encode`")
+            raise PlaitError(f"{path}: holds no plait codes; write it with `Codes.save`")
         check_format_version(metadata.get("format_version"), path)
         try:
             plain = json.loads(metadata["plait"])
@@ -157,6 +157,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder unless it is there.
+
+    Raises:
+        PlaitError: a file is in the way, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlaitError(f"{path}: cannot make this folder ({error.strerror}); choose another") from None
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all.
 
@@ -222,7 +234,7 @@ def load_weights(module: nn.Module, path: Path, tied: tuple[str, ...] = ()) -> N
     """Load a safetensors file into a module, in the module's own dtype.
 
     Args:
-        module: what to fill.
+        module: what to fill; it may be on the meta device, and then takes memory only for tensors that belong.
         path: the file.
         tied: parameters that are another one's alias and are not stored.
 
@@ -245,4 +257,6 @@ def load_weights(module: nn.Module, path: Path, tied: tuple[str, ...] = ()) -> N
                 f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, "
                 f"config.json says {tuple(expected[name].shape)}"
             )
-    module.load_state_dict(tensors, strict=not tied)
+    # Copied, as the file may be mapped into memory and change.
+    tensors = {name: tensor.to(expected[name].dtype, copy=True) for name, tensor in tensors.items()}
+    module.load_state_dict(tensors, strict=not tied, assign=True)

@@ -180,15 +180,13 @@ class Cursor:
     Args:
         grammar: of the document.
         budget: tokens that may still come, ``<eos>`` included; nothing begins that cannot end within it.
-        modalities: spans that may begin; all of the grammar's by default.
     """
 
-    def __init__(self, grammar: Grammar, budget: int, modalities: Sequence[str] | None = None) -> None:
+    def __init__(self, grammar: Grammar, budget: int) -> None:
         self.grammar = grammar
         self.budget = budget
         self.done = False
         self.spans: list[Span] = []
-        self._begins = [grammar.form(m) for m in (grammar.forms if modalities is None else modalities)]
         self._form: SpanForm | None = None
         self._header: list[int] = []
         self._template: list[int] = []
@@ -201,7 +199,7 @@ class Cursor:
         if self.done:
             return []
         if form is None:
-            begins = [range(f.begin, f.begin + 1) for f in self._begins if f.least <= room]
+            begins = [range(f.begin, f.begin + 1) for f in self.grammar.forms.values() if f.least <= room]
             return [*begins, range(self.grammar.eos, self.grammar.eos + 1)]
         if not form.sized:
             end = range(form.end, form.end + 1)

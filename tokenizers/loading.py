@@ -21,8 +21,11 @@ def find_weights(name: str | Path) -> Path:
     Raises:
         PlaitError: neither is there.
     """
-    if Path(name).exists():
-        return Path(name)
+    try:
+        if Path(name).exists():
+            return Path(name)
+    except OSError as error:  # too long, or in a folder that may not be read
+        raise PlaitError(f"{name}: cannot be read ({error.strerror}); name a folder or a shipped model") from None
     shipped = Path(str(importlib.resources.files("plait.weights").joinpath(".")))
     if str(name) in (names := shipped_names()):
         return shipped / name

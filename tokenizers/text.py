@@ -6,6 +6,7 @@ character that SentencePiece keeps for itself, U+2581 (its mark for a space), go
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,9 @@ from plait.tokenizers.base import (
     Tokenizer,
     check_codes,
     check_format_version,
+    make_folder,
     read_json,
+    write_file,
     write_json,
 )
 
@@ -59,7 +62,7 @@ class TextTokenizer(Tokenizer):
         """Learn a BPE of ``vocabulary_size`` pieces, the 256 byte pieces and the unknown piece included.
 
         Raises:
-            PlaitError: the texts are too few for that many pieces.
+            PlaitError: the texts are too few for that many pieces, or have too many characters for so few.
         """
         written = io.BytesIO()
         try:
@@ -72,9 +75,13 @@ class TextTokenizer(Tokenizer):
             )  # fmt: skip
         except (RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise PlaitError(
-                f"vocabulary_size: {vocabulary_size} pieces cannot be learned from this text ({reason})"
-            ) from None
+            if most := re.search(r"too high .*<= (\d+)", reason):
+                problem = f"is too many for this text; choose at most {most[1]}"
+            elif least := re.search(r"smaller than required_chars.* vs (\d+)", reason):
+                problem = f"is too few for this text; choose at least {least[1]}"
+            else:
+                problem = f"pieces cannot be learned from this text ({reason})"
+            raise PlaitError(f"vocabulary_size: {vocabulary_size} {problem}") from None
         return cls(written.getvalue())
 
     @property
@@ -91,8 +98,10 @@ class TextTokenizer(Tokenizer):
         """Text → piece ids, int64 ``[n]``.
 
         Raises:
-            PlaitError: the string holds half of a surrogate pair, which no Unicode text does.
+            PlaitError: no string, or one that holds half of a surrogate pair, which no Unicode text does.
         """
+        if not isinstance(text, str):
+            raise PlaitError(f"text: is a {type(text).__name__}, expected a str")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -118,10 +127,14 @@ class TextTokenizer(Tokenizer):
         return b"".join(self._bytes[i] for i in ids.tolist()).decode("utf-8", errors="replace")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and the SentencePiece model, ``tokenizer.model``."""
+        """Write ``config.json`` and the SentencePiece model, ``tokenizer.model``.
+
+        Raises:
+            PlaitError: the folder cannot be made or written to.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _MODEL).write_bytes(self._model)
+        make_folder(folder)
+        write_file(folder / _MODEL, self._model)
         header = {"format_version": FORMAT_VERSION, "tokenizer": self.kind, "fingerprint": self.fingerprint}
         write_json(folder / "config.json", header)
 

@@ -29,6 +29,7 @@ from plait.tokenizers.base import (
     check_format_version,
     config_from_json,
     load_weights,
+    make_folder,
     read_json,
     tensors_fingerprint,
     write_json,
@@ -203,8 +204,10 @@ class VisualTokenizer(nn.Module, Tokenizer):
             codes ``[B, h, w]`` or ``[B, t, h, w]``, h = ceil(H / factor), w = ceil(W / factor).
 
         Raises:
-            PlaitError: another shape, an integer dtype, or values that are not finite or out of range.
+            PlaitError: no tensor, another shape, an integer dtype, or values that are not finite or out of range.
         """
+        if not isinstance(pixels, Tensor):
+            raise PlaitError(f"pixels: is a {type(pixels).__name__}, expected a tensor [B, 3, H, W] or [B, 3, T, H, W]")
         if pixels.ndim not in (4, 5) or pixels.shape[1] != 3 or 0 in pixels.shape:
             raise PlaitError(f"pixels: shape is {tuple(pixels.shape)}, expected [B, 3, H, W] or [B, 3, T, H, W]")
         if not pixels.is_floating_point():
@@ -240,10 +243,14 @@ class VisualTokenizer(nn.Module, Tokenizer):
                 )
             size = size or codes.size
             codes = codes.codes
+        if not isinstance(codes, Tensor):
+            raise PlaitError(f"codes: is a {type(codes).__name__}, expected Codes or a tensor of integers")
         if codes.ndim not in (3, 4) or 0 in codes.shape:
             raise PlaitError(f"codes: shape is {tuple(codes.shape)}, expected [B, h, w] or [B, t, h, w]")
         check_codes(codes, self.quantizer.codebook_size)
         grid = tuple(codes.shape[1:])
+        if size is not None and not (isinstance(size, Sequence) and all(type(side) is int for side in size)):
+            raise PlaitError(f"size: {size!r} must be whole numbers, (H, W) or (T, H, W)")
         size = tuple(size or (side * self.factor for side in grid[-2:]))
         needed = (*size[:-2], *(math.ceil(side / self.factor) for side in size[-2:]))
         if len(size) < 2 or needed not in (grid, grid[-2:]):
@@ -262,9 +269,14 @@ class VisualTokenizer(nn.Module, Tokenizer):
         """Write ``config.json`` and ``model.safetensors``; ``dtype`` is that of the stored weights.
 
         Rounding to bfloat16 moves codes: the fingerprint is that of the weights as stored.
+
+        Raises:
+            PlaitError: ``dtype`` is neither float32 nor bfloat16, or the folder cannot be made or written to.
         """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise PlaitError(f"dtype: {dtype} must be torch.float32 or torch.bfloat16")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         stored = {name: tensor.to(dtype).contiguous() for name, tensor in self.state_dict().items()}
         as_stored = type(self)(self.config)
         as_stored.load_state_dict(stored)

@@ -5,6 +5,9 @@ and several see the same batches, and their losses agree up to rounding.
 """
 
 import dataclasses
+import hashlib
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,9 @@ from plait.train.journal import Journal
 from plait.train.loader import batches, open_loader
 from plait.train.optimizer import build_optimizer, learning_rate
 from plait.train.recipe import DecoderRecipe
+from plait.train.recipe_file import check_resumable
 from plait.train.sequences import Batch, SequenceEncoder
-from plait.train.shards import read_manifest
+from plait.train.shards import MANIFEST, read_manifest
 
 
 def train_decoder(recipe: DecoderRecipe) -> Path:
@@ -37,10 +41,12 @@ def train_decoder(recipe: DecoderRecipe) -> Path:
     Raises:
         PlaitError: shards or tokenizers are missing or do not belong together, or the batch cannot be divided.
     """
-    vocabulary = build_vocabulary(recipe)
-    rank, world_size = start_distributed()
-    divide_batch(recipe, world_size)
     out = Path(recipe.out)
+    vocabulary = build_vocabulary(recipe)
+    divide_batch(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    if (out / "checkpoints" / "latest").is_file():
+        check_resumable(recipe, out)
+    rank, world_size = start_distributed()
     torch.manual_seed(recipe.seed)
     config = dataclasses.replace(recipe.model, vocabulary_size=vocabulary.size)
     module = Decoder(config)
@@ -51,7 +57,7 @@ def train_decoder(recipe: DecoderRecipe) -> Path:
         world_size=world_size, packing_buffer=128,
     )  # fmt: skip
     journal = Journal(out, recipe, active=rank == 0, vocabulary=vocabulary.fingerprint, processes=world_size)
-    checkpoints = Checkpoints(out / "checkpoints", engine, loader, rank, world_size, recipe.keep)
+    checkpoints = Checkpoints(out / "checkpoints", engine, loader, rank, world_size, recipe)
     first = checkpoints.restore()
     journal.rewind(first)
 
@@ -125,6 +131,9 @@ def train_step(engine: Engine, share: Batch, recipe: DecoderRecipe, groups: list
         count = float(sums[1 + len(groups) + i])
         if count:
             metrics[f"loss_{name}"] = float(sums[1 + i]) / count
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise PlaitError(f"{name} is {value}; go on from the last checkpoint with a lower optimizer.lr, or look at the data")
     return metrics
 
 
@@ -134,21 +143,28 @@ class Checkpoints:
     A run goes on with the number of processes that it began with: each one's loader state is its own.
     """
 
-    def __init__(self, folder: Path, engine: Engine, loader: Any, rank: int, world_size: int, keep: int) -> None:
+    def __init__(
+        self, folder: Path, engine: Engine, loader: Any, rank: int, world_size: int, recipe: DecoderRecipe
+    ) -> None:
         self.folder, self.engine, self.loader = folder, engine, loader
-        self.rank, self.world_size, self.keep = rank, world_size, keep
+        self.rank, self.world_size, self.keep = rank, world_size, recipe.keep
+        manifests = b"".join((Path(shards) / MANIFEST).read_bytes() for shards in recipe.shards)
+        self.data = hashlib.sha256(manifests).hexdigest()
 
     def save(self, step: int) -> None:
         """Write a checkpoint, then drop the oldest beyond ``keep``."""
         tag = f"step-{step}"
         (self.folder / tag).mkdir(parents=True, exist_ok=True)
-        state = {"world_size": self.world_size, "loader": self.loader.save_state_rank()}
+        state = {
+            "world_size": self.world_size, "data": self.data, "loader": self.loader.save_state_rank(),
+            "random": torch.get_rng_state(),
+        }  # fmt: skip
         torch.save(state, self.folder / tag / f"loader-{self.rank}.pt")
         torch.distributed.barrier()
         self.engine.save(self.folder, tag)
         torch.distributed.barrier()
         if self.rank == 0:
-            steps = sorted(int(path.name[5:]) for path in self.folder.glob("step-*"))
+            steps = sorted(int(name) for path in self.folder.glob("step-*") if (name := path.name[5:]).isdigit())
             for old in steps[: -self.keep]:
                 shutil.rmtree(self.folder / f"step-{old}")
 
@@ -172,6 +188,9 @@ class Checkpoints:
                 f"{self.folder}: the run began with {state['world_size']} processes, this is {self.world_size}; "
                 "resume with as many, or start in another folder"
             )
+        if state["data"] != self.data:
+            raise PlaitError(f"{self.folder}: the run began with other shards; start in another folder")
         self.engine.load(self.folder, tag)
+        torch.set_rng_state(state["random"])
         self.loader.restore_state_rank(state["loader"])
         return int(tag[5:])

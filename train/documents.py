@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 
 from plait.errors import PlaitError
 from plait.tokenizers.grammar import Span
-from plait.tokenizers.media import EXTENSIONS, modality_of
+from plait.tokenizers.media import EXTENSIONS
 from plait.tokenizers.modalities import MODALITIES
 
 
@@ -44,6 +44,12 @@ class TokenDocument:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def member(sample: dict[str, Any], modality: str) -> bytes | None:
+    """A raw sample's file of a modality; of several the first by the order of `EXTENSIONS`."""
+    found = (data for suffix in EXTENSIONS[modality] for name, data in sample.items() if f".{name}".endswith(suffix))
+    return next(found, None)
+
+
 def raw_parts(sample: dict[str, Any]) -> tuple[list[Part], bool, dict[str, Any]]:
     """The parts of a raw sample, whether their order is given, and its other facts.
 
@@ -60,8 +66,7 @@ def raw_parts(sample: dict[str, Any]) -> tuple[list[Part], bool, dict[str, Any]]
     except (ValueError, AttributeError, TypeError) as error:
         raise PlaitError(f"{key}.json: not a JSON object ({error})") from None
     if rows is None:
-        members = {modality_of(f"x.{name}"): data for name, data in sample.items() if modality_of(f"x.{name}")}
-        return [Part(m, members[m]) for m in EXTENSIONS if m in members], False, facts
+        return [Part(m, data) for m in EXTENSIONS if (data := member(sample, m)) is not None], False, facts
     parts = []
     for row in rows if isinstance(rows, list) else [rows]:
         named = [m for m in MODALITIES if m in row] if isinstance(row, dict) else []

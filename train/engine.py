@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from plait.errors import PlaitError
 from plait.train.recipe import DecoderRecipe
 
+_OTHER_CHECKPOINT = "write the name of another one into 'latest' beside it, or start in another folder"
+
 
 def start_distributed() -> tuple[int, int]:
     """Join the process group that the launcher describes, or make one of this process alone.
@@ -147,9 +149,9 @@ class Engine:
             path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         except (OSError, RuntimeError, KeyError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise PlaitError(f"{folder / tag}: checkpoint cannot be read ({reason}); remove it to go on") from None
+            raise PlaitError(f"{folder / tag}: checkpoint cannot be read ({reason}); {_OTHER_CHECKPOINT}") from None
         if path is None:
-            raise PlaitError(f"{folder / tag}: checkpoint is incomplete; remove it to go on")
+            raise PlaitError(f"{folder / tag}: checkpoint is incomplete; {_OTHER_CHECKPOINT}")
 
     def weights(self) -> dict[str, Tensor]:
         """The module's whole state dict on the CPU, in float32 where a float32 master exists; a collective call."""

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from plait.errors import PlaitError
-from plait.tokenizers.base import write_file
+from plait.tokenizers.base import make_folder, write_file
 from plait.tokenizers.loading import load_tokenizers
 from plait.tokenizers.media import contact_sheet
 from plait.tokenizers.modalities import MODALITIES
@@ -30,8 +30,10 @@ def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str
         the facts, and the same as text.
 
     Raises:
-        PlaitError: the shards are missing or broken.
+        PlaitError: the shards are missing or broken, or the sheet's name does not end in .png.
     """
+    if sheet.suffix != ".png":
+        raise PlaitError(f"{sheet}: the contact sheet is a PNG; choose a name that ends in .png")
     manifest = read_manifest(folder)
     raw = manifest["kind"] == "raw"
     loaded = {} if raw or tokenizers is None else load_tokenizers(tokenizers)
@@ -48,7 +50,10 @@ def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str
     captions: list[str] = []
     for sample in chain.from_iterable(read_shard(folder / row["name"]) for row in manifest["shards"]):
         try:
-            media, facts = _raw_media(sample) if raw else _token_media(unpack_document(sample), loaded)
+            if raw:
+                media, facts = _raw_media(sample)
+            else:
+                media, facts = _token_media(unpack_document(sample), loaded, with_images=len(shown) < SHOWN)
         except PlaitError as error:
             broken.append(str(error))
             continue
@@ -72,7 +77,7 @@ def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str
         "captions": captions[:8],
     }  # fmt: skip
     if shown:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(sheet.parent)
         page = contact_sheet([image for image, _ in shown], 8, [text for _, text in shown], 96)
         write_file(sheet, MODALITIES["image"].write(page))
         facts["sheet"] = str(sheet)
@@ -94,11 +99,14 @@ def _raw_media(sample: dict[str, Any]) -> tuple[list[Medium], dict[str, Any]]:
     return media, facts
 
 
-def _token_media(document: TokenDocument, tokenizers: dict[str, Any]) -> tuple[list[Medium], dict[str, Any]]:
+def _token_media(
+    document: TokenDocument, tokenizers: dict[str, Any], with_images: bool
+) -> tuple[list[Medium], dict[str, Any]]:
     media: list[Medium] = []
     for span in document.spans:
         entry = MODALITIES.get(span.modality)
-        tokenizer = tokenizers.get(entry.tokenizer) if entry else None
+        wanted = span.modality == "text" or with_images
+        tokenizer = tokenizers.get(entry.tokenizer) if entry and wanted else None
         medium = entry.decode(tokenizer, span.codes) if entry and tokenizer else None
         media.append((span.modality, medium, "×".join(map(str, span.codes.shape)) + " codes"))
     return media, document.facts

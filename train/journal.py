@@ -1,28 +1,33 @@
 """A run's folder: its resolved recipe, what it ran on, and one line of JSON per logged step."""
 
+import fcntl
 import json
 import platform
 import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from plait.tokenizers.base import write_json
+from plait.errors import PlaitError
+from plait.tokenizers.base import make_folder, write_file, write_json
 from plait.train.recipe import Recipe
 from plait.train.recipe_file import save_recipe
 
 
 class Journal:
-    """Writes ``recipe.yaml``, ``run.json`` and ``metrics.jsonl`` into ``out``.
+    """Writes ``recipe.yaml``, ``run.json`` and ``metrics.jsonl`` into ``out``, and keeps other runs out of it.
 
     Args:
         out: the run's folder.
         recipe: what runs.
         active: False makes every call do nothing, for all ranks but the first.
         facts: further entries of ``run.json``, the vocabulary's fingerprint for instance.
+
+    Raises:
+        PlaitError: the folder cannot be made, or another run writes to it.
     """
 
     def __init__(self, out: Path, recipe: Recipe, active: bool = True, **facts: Any) -> None:
@@ -31,7 +36,8 @@ class Journal:
         self.started = time.monotonic()
         if not active:
             return
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
+        self._lock = _lock(out)
         save_recipe(recipe, out / "recipe.yaml")
         versions = {"python": platform.python_version(), "torch": torch.__version__, "plait": version("plait")}
         write_json(out / "run.json", {"commit": _commit(), "versions": versions, **facts})
@@ -43,14 +49,29 @@ class Journal:
         seconds = round(time.monotonic() - self.started, 1)
         rounded = {k: float(f"{v:.6g}") for k, v in metrics.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "seconds": seconds} | rounded) + "\n")
+            file.write(json.dumps({"step": step, "seconds": seconds} | rounded, allow_nan=False) + "\n")
         print(f"step {step:6d}  {seconds:8.1f} s  " + "  ".join(f"{k} {v:.4g}" for k, v in rounded.items()), flush=True)
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step``, which a resumed run writes again, and a last line that a crash cut short."""
         if self.active and self.path.is_file():
             lines = [line for line in self.path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), "utf-8")
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            write_file(self.path, "".join(kept).encode())
+            if kept:
+                self.started -= json.loads(kept[-1])["seconds"]
+
+
+def _lock(out: Path) -> IO[str]:
+    """Hold the folder for as long as this process lives; its children do not hold it."""
+    file = (out / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise PlaitError(
+            f"{out}: another run is writing to this folder; stop it first, or choose another out"
+        ) from None
+    return file
 
 
 def _commit() -> str | None:

@@ -6,18 +6,12 @@ the batches of one optimizer step (``streams`` of them, or a multiple) are the s
 processes. The loader's state is saved and restored exactly.
 """
 
-import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-if not sys.stderr.isatty():
-    # energon draws its progress even into log files.
-    os.environ.setdefault("TQDM_DISABLE", "1")
 from megatron.energon import (
     Cooker,
     SavableDataLoader,
@@ -27,7 +21,7 @@ from megatron.energon import (
     get_train_dataset,
     stateless,
 )
-from megatron.energon.errors import FatalSampleError
+from megatron.energon.errors import FatalSampleError, reraise_exception
 
 from plait.errors import PlaitError
 from plait.train.shards import read_manifest
@@ -53,9 +47,9 @@ def batches(loader: SavableDataLoader[Any]) -> Iterator[Any]:
     """
     try:
         yield from loader
-    except FatalSampleError as error:
+    except (FatalSampleError, PlaitError) as error:
         # The worker's traceback comes before its message.
-        raise PlaitError(str(error).strip().splitlines()[-1].split("FatalSampleError: ")[-1]) from None
+        raise PlaitError(str(error).strip().splitlines()[-1].split("Error: ", 1)[-1]) from None
 
 
 def open_loader(
@@ -108,7 +102,11 @@ def open_loader(
     dataset = get_train_dataset(
         mixture.resolve(),
         worker_config=WorkerConfig(
-            rank=rank, world_size=world_size, num_workers=streams // world_size, seed_offset=seed
+            rank=rank,
+            world_size=world_size,
+            num_workers=streams // world_size,
+            seed_offset=seed,
+            global_error_handler=reraise_exception,  # by default energon drops a sample that an error of ours hit
         ),
         batch_size=batch_size,
         packing_buffer_size=packing_buffer,
@@ -116,5 +114,5 @@ def open_loader(
         max_samples_per_sequence=100,
         task_encoder=encoder,
     )
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*|.*worker processes in total.*")
     return get_savable_loader(dataset, checkpoint_every_sec=0)

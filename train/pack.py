@@ -2,21 +2,23 @@
 
 A folder is read in one of two ways. With a ``manifest.jsonl`` each line is one sample: ``path`` names its file,
 ``caption`` or ``text`` its text, everything else goes into ``key.json``. Without one, files that share a stem within
-a folder make one sample (``rabbit.png`` + ``rabbit.txt``), recursively.
+a folder make one sample (``rabbit.png`` + ``rabbit.txt``), recursively; of several files of one kind the first by the
+order of `EXTENSIONS` counts, unless the sample's JSON file lists its ``parts``.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from plait.errors import PlaitError
-from plait.tokenizers.media import EXTENSIONS
-from plait.train.shards import MANIFEST, make_folder, shard_name, shard_writer, write_manifest
+from plait.tokenizers.base import make_folder
+from plait.tokenizers.media import EXTENSIONS, modality_of
+from plait.train.shards import MANIFEST, shard_hash, shard_name, shard_writer, write_manifest
 
-SUFFIXES = {suffix for suffixes in EXTENSIONS.values() for suffix in suffixes} | {".json"}
+SUFFIXES = [*(suffix for suffixes in EXTENSIONS.values() for suffix in suffixes), ".json"]
 
 
 @dataclass
@@ -46,7 +48,7 @@ def pack(source: Path, out: Path, samples_per_shard: int = 2000) -> PackReport:
         raise PlaitError(f"{out}: holds shards already; choose another folder or remove it")
     report = PackReport()
     manifest = source / "manifest.jsonl"
-    listed = _from_manifest(source, manifest, report) if manifest.is_file() else _from_stems(source)
+    listed = _from_manifest(source, manifest, report) if manifest.is_file() else _from_stems(source, report)
     # A fixed shuffle: neighbours in a folder are alike, and a training stream wants them apart.
     samples = sorted(listed, key=lambda sample: hashlib.sha256(sample[0].encode()).digest())
     if not samples:
@@ -59,7 +61,8 @@ def pack(source: Path, out: Path, samples_per_shard: int = 2000) -> PackReport:
         with shard_writer(path) as write:
             for key, members in chunk:
                 write({"__key__": key} | {extension: _content(member) for extension, member in members.items()})
-        rows.append({"name": path.name, "samples": len(chunk), "bytes": path.stat().st_size})
+        row = {"name": path.name, "samples": len(chunk), "bytes": path.stat().st_size, "sha256": shard_hash(path)}
+        rows.append(row)
         report.bytes += rows[-1]["bytes"]
     write_manifest(out, "raw", rows)
     report.samples, report.shards = len(samples), len(rows)
@@ -116,14 +119,28 @@ def _from_manifest(source: Path, manifest: Path, report: PackReport) -> Iterator
         yield _unique(_key(PurePosixPath(str(name or f"line-{number:08d}"))), keys), members
 
 
-def _from_stems(source: Path) -> Iterable[Sample]:
-    samples: dict[PurePosixPath, dict[str, bytes | Path]] = {}
+def _from_stems(source: Path, report: PackReport) -> Iterator[Sample]:
+    stems: dict[PurePosixPath, list[Path]] = {}
     for path in sorted(source.rglob("*")):
         relative = PurePosixPath(path.relative_to(source).as_posix())
         if path.is_file() and path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in relative.parts):
-            samples.setdefault(relative.with_suffix(""), {})[path.suffix.lower()[1:]] = path
+            stems.setdefault(relative.with_suffix(""), []).append(path)
     keys: set[str] = set()
-    return [(_unique(_key(stem), keys), members) for stem, members in samples.items()]
+    for stem, paths in stems.items():
+        members: dict[str, bytes | Path] = {}
+        first: dict[str | None, Path] = {}
+        for path in sorted(paths, key=lambda path: SUFFIXES.index(path.suffix.lower())):
+            extension, kind = path.suffix.lower()[1:], modality_of(path)
+            taken = first.setdefault(kind, path)
+            if taken is path or (extension not in members and any(map(_lists_parts, paths))):
+                members[extension] = path
+            else:
+                report.skipped.append(f"{path}: {taken.name} is this sample's {kind or 'json'}; rename one of them")
+        yield _unique(_key(stem), keys), members
+
+
+def _lists_parts(path: Path) -> bool:
+    return path.suffix.lower() == ".json" and b'"parts"' in _content(path)
 
 
 def _key(path: PurePosixPath) -> str:

@@ -61,6 +61,7 @@ class VisualTokenizerRecipe:
         flip: mirror half of the images.
         ema: decay of the averaged weights, which are what is evaluated and saved.
         eval_every: steps between evaluations and checkpoints.
+        log_every: steps between log lines.
         store: dtype of the saved weights, "float32" or "bfloat16".
     """
 
@@ -78,6 +79,7 @@ class VisualTokenizerRecipe:
     flip: bool = True
     ema: float = 0.999
     eval_every: int = 500
+    log_every: int = 50
     seed: int = 0
     store: str = "bfloat16"
     kind: str = "visual-tokenizer"

@@ -7,7 +7,7 @@ are relative to where the command runs.
 
 import difflib
 import importlib.resources
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from plait.errors import PlaitError
 from plait.infer.sampling import Sampling
+from plait.model.config import DecoderConfig
+from plait.tokenizers.modalities import MODALITIES
+from plait.tokenizers.visual import VisualConfig
 from plait.train.recipe import DecoderRecipe, Recipe, TextTokenizerRecipe, VisualTokenizerRecipe
 
 _RECIPES: dict[str, type[Recipe]] = {
@@ -26,6 +29,61 @@ _RECIPES: dict[str, type[Recipe]] = {
     "visual-tokenizer": VisualTokenizerRecipe,
     "decoder": DecoderRecipe,
 }
+
+# Every number of a recipe, by its dotted key: the interval that it, or each number of its list or mapping, must lie in.
+_RANGES = {
+    "vocabulary_size": "[1, inf)",
+    "image_size": "[1, inf)",
+    "batch_size": "[1, inf)",
+    "global_batch": "[1, inf)",
+    "micro_batch": "[1, inf)",
+    "streams": "[1, inf)",
+    "steps": "[1, inf)",
+    "eval_every": "[1, inf)",
+    "save_every": "[1, inf)",
+    "log_every": "[1, inf)",
+    "keep": "[1, inf)",
+    "seed": "[0, 4294967296)",
+    "l1": "[0, inf)",
+    "l2": "[0, inf)",
+    "log_l2": "[0, inf)",
+    "z_loss": "[0, inf)",
+    "ema": "[0, 1)",
+    "optimizer.lr": "(0, inf)",
+    "optimizer.min_lr": "[0, inf)",
+    "optimizer.warmup_steps": "[0, inf)",
+    "optimizer.betas": "[0, 1)",
+    "optimizer.weight_decay": "[0, inf)",
+    "optimizer.clip": "[0, inf)",
+    "parallel.zero": "[0, 3]",
+    "sequence.length": "[1, inf)",
+    "sequence.media_first": "[0, 1]",
+    "sequence.drop_text": "[0, 1]",
+    "sequence.context_loss": "[0, inf)",
+    "sequence.loss_weights": "[0, inf)",
+    "model.vocabulary_size": "[0, 0]",
+    "model.width": "[1, inf)",
+    "model.layers": "[1, inf)",
+    "model.heads": "[1, inf)",
+    "model.kv_heads": "[1, inf)",
+    "model.ffn_width": "[0, inf)",
+    "model.rope_theta": "(0, inf)",
+    "model.norm_eps": "(0, inf)",
+    "model.dropout": "[0, 1)",
+    "model.patch": "[1, inf)",
+    "model.widths": "[1, inf)",
+    "model.encoder_blocks": "[0, inf)",
+    "model.decoder_blocks": "[0, inf)",
+    "model.levels": "[3, inf)",
+    "model.temporal_factor": "[1, 1]",
+}
+_DTYPES = ("float32", "bfloat16")
+
+# What may differ when a run goes on: how long it runs and what it reports, keeps and stores, and the folder's name.
+_MAY_CHANGE = {
+    "out", "steps", "save_every", "eval_every", "log_every", "keep", "generation", "store", "optimizer", "micro_batch",
+    "z_loss",
+}  # fmt: skip
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), kinds: Sequence[str] = tuple(_RECIPES)) -> Recipe:
@@ -54,11 +112,12 @@ def load_recipe(name: str, overrides: Sequence[str] = (), kinds: Sequence[str] =
     for override in overrides:
         if "=" not in override:
             raise PlaitError(f"{override}: overrides are written key=value")
+    overridden = [override.partition("=")[0] for override in overrides]
     config = OmegaConf.structured(_RECIPES[kind])
     # One key at a time, because not every error of OmegaConf says which key it is about.
     layers: list[tuple[str, Any, Callable[[], Any]]] = [
         *((str(path), key, partial(OmegaConf.masked_copy, content, [key])) for key in plain),
-        *(("command line", o.partition("=")[0], partial(OmegaConf.from_dotlist, [o])) for o in overrides),
+        *(("command line", key, partial(_override, o)) for key, o in zip(overridden, overrides, strict=True)),
     ]
     for source, key, read in layers:
         try:
@@ -69,26 +128,31 @@ def load_recipe(name: str, overrides: Sequence[str] = (), kinds: Sequence[str] =
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise PlaitError(f"{path}: {missing[0]} is not set; add it or give {missing[0]}=… as an argument")
-        recipe = cast(Recipe, OmegaConf.to_object(config))
+        if config.kind != kind:
+            raise PlaitError(
+                f"command line: kind is {config.kind!r}, {path} is of kind {kind!r}; choose another recipe"
+            )
+        for keys, reason in _problems(OmegaConf.to_container(config, resolve=True)):
+            given = any(f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for key in keys for o in overridden)
+            raise PlaitError(f"{'command line' if given else path}: {keys[0]} {reason}")
+        return cast(Recipe, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise PlaitError(f"{path}: {_explain(error, 'value', kind)}") from None
-    if recipe.kind != kind:
-        raise PlaitError(f"command line: kind is {recipe.kind!r}, {path} is of kind {kind!r}; choose another recipe")
-    _check(recipe, path)
-    return recipe
 
 
 def find_recipe(name: str) -> Path:
     """A recipe's file: a path if it exists, else a shipped name.
 
     Raises:
-        PlaitError: neither is there.
+        PlaitError: neither is there, or the name is none that a file can have.
     """
-    if Path(name).is_file():
-        return Path(name)
     shipped = Path(str(importlib.resources.files("plait.launch").joinpath("recipes")))
-    if (shipped / f"{name}.yaml").is_file():
-        return shipped / f"{name}.yaml"
+    try:
+        for path in (Path(name), shipped / f"{name}.yaml"):
+            if path.is_file():
+                return path
+    except OSError as error:
+        raise PlaitError(f"{name}: cannot be read ({error.strerror}); give a recipe's path or name") from None
     names = sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
     raise PlaitError(f"{name}: no such recipe file, and the shipped recipes are {', '.join(names)}")
 
@@ -99,14 +163,47 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), "utf-8")
 
 
+def check_resumable(recipe: Recipe, out: Path) -> None:
+    """See that a run goes on with the recipe it began with, which is in ``out/recipe.yaml`` if it began at all.
+
+    Raises:
+        PlaitError: a setting differs that makes it another run.
+    """
+    if not (out / "recipe.yaml").is_file():
+        return
+    now, before = (dict(_flat(asdict(r))) for r in (recipe, load_recipe(str(out / "recipe.yaml"))))
+    for key in {**now, **before}:
+        if key.partition(".")[0] not in _MAY_CHANGE and now.get(key) != before.get(key):
+            raise PlaitError(
+                f"{out}: the run began with {key} {before.get(key)!r}, not {now.get(key)!r}; "
+                "set it back or choose another out"
+            )
+
+
+def _flat(plain: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _explain(error: Exception, key: str, kind: str) -> str:
     """Say which key is wrong and why; ``key`` is what the error is about if it does not know itself."""
     key = str(getattr(error, "full_key", "") or key)
     if type(error).__name__ not in ("ConfigKeyError", "ConfigAttributeError"):
-        return f"{key}: {str(error).splitlines()[0]}"
+        reason = str(error).splitlines()[0]
+        if "ListConfig, " in reason:
+            reason = f"expected a list; write {key}=[{getattr(error, 'value', None) or '…'}]"
+        return f"{key}: {reason}"
     known = _known_keys(OmegaConf.structured(_RECIPES[kind]))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}")
+    level = key.rpartition(".")[0]
+    beside = [other for other in known if other.rpartition(".")[0] == level]
+    start = len(level) + 1 if level in known else 0  # within a known level, only the last name is compared
+    if near := difflib.get_close_matches(key[start:], [k[start:] for k in (beside if start else known)], 1, 0.5):
+        return f"unknown key {key!r}; did you mean {key[:start] + near[0]!r}?"
+    return f"unknown key {key!r}; known keys: {', '.join(beside)}"
 
 
 def _known_keys(config: Any, prefix: str = "") -> list[str]:
@@ -118,36 +215,67 @@ def _known_keys(config: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _check(recipe: Recipe, path: Path) -> None:
-    """Refuse values that would fail late or silently do nothing."""
-    for name in (
-        "steps",
-        "batch_size",
-        "global_batch",
-        "micro_batch",
-        "streams",
-        "save_every",
-        "eval_every",
-        "log_every",
-        "keep",
-        "image_size",
-    ):
-        if getattr(recipe, name, 1) < 1:
-            raise PlaitError(f"{path}: {name} is {getattr(recipe, name)}, it must be at least 1")
-    if getattr(recipe, "store", "float32") not in ("float32", "bfloat16"):
-        raise PlaitError(f"{path}: store is {recipe.store!r}, expected 'float32' or 'bfloat16'")  # type: ignore[union-attr]
-    if isinstance(recipe, DecoderRecipe):
-        if recipe.parallel.zero not in (0, 1, 2, 3):
-            raise PlaitError(f"{path}: parallel.zero is {recipe.parallel.zero}, expected 0, 1, 2 or 3")
-        if recipe.parallel.dtype not in ("float32", "bfloat16"):
-            raise PlaitError(f"{path}: parallel.dtype is {recipe.parallel.dtype!r}, expected 'float32' or 'bfloat16'")
-        if recipe.sequence.length < 1:
-            raise PlaitError(f"{path}: sequence.length is {recipe.sequence.length}, it must be at least 1")
-        for modality, settings in recipe.generation.items():
+def _override(text: str) -> Any:
+    """One ``key.sub=value`` as a config."""
+    layer = OmegaConf.from_dotlist([text])
+    if OmegaConf.missing_keys(layer):
+        raise TypeError("??? stands for no value; give one")
+    return layer
+
+
+def _problems(plain: Any) -> Iterator[tuple[list[str], str]]:
+    """What would fail late or silently do nothing: the keys that are to blame, the first of them wrong, and why."""
+    for name in ("shards", "tokenizers", "heldout", "out"):
+        if not plain.get(name, name):
+            yield [name], "is empty; name a folder"
+    generation, weights = plain.get("generation", {}), plain.get("sequence", {}).get("loss_weights", {})
+    for name, modalities in (("generation", generation), ("sequence.loss_weights", weights)):
+        for modality in modalities:
+            if modality not in MODALITIES:
+                yield [f"{name}.{modality}"], f"is of no known modality; there are {', '.join(MODALITIES)}"
+    yield from _number_problems(plain)
+    yield from _generation_problems(generation)
+    architecture = {"decoder": DecoderConfig, "visual-tokenizer": VisualConfig}.get(plain["kind"], dict)
+    try:
+        factor = getattr(architecture(**plain.get("model", {})), "factor", 1)
+    except PlaitError as error:
+        yield ["model"], f"is wrong: {error}"
+    else:
+        if plain.get("image_size", factor) % factor:
+            reason = f"is {plain['image_size']}, expected a multiple of the model's factor, {factor}"
+            yield ["image_size", "model"], reason
+
+
+def _number_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
+    if plain.get("model", {}).get("vocabulary_size"):
+        yield ["model.vocabulary_size"], "cannot be set, it comes from the tokenizers; leave it out"
+    for key, value in _flat(plain):
+        if key in ("store", "parallel.dtype") and value not in _DTYPES:
+            yield [key], f"is {value!r}, expected {' or '.join(map(repr, _DTYPES))}"
+        interval = _RANGES.get(key) or _RANGES.get(key.rpartition(".")[0], "(-inf, inf)")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not _lies_in(number, interval):
+                yield [key], f"is {value}, expected {'a number' if number is value else 'numbers'} in {interval}"
+    optimizer = plain.get("optimizer", {"lr": 0, "min_lr": 0})
+    if optimizer["min_lr"] > optimizer["lr"]:
+        reason = f"is {optimizer['min_lr']}, expected no more than optimizer.lr, {optimizer['lr']}"
+        yield ["optimizer.min_lr", "optimizer.lr"], reason
+
+
+def _generation_problems(generation: dict[str, Any]) -> Iterator[tuple[list[str], str]]:
+    for modality, settings in generation.items():
+        if not isinstance(settings, dict):
+            yield [f"generation.{modality}"], f"is {settings!r}, expected settings such as {{temperature: 0.5}}"
+        for name, value in settings.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                yield [f"generation.{modality}.{name}"], f"is {value!r}, expected a number"
             try:
-                Sampling.of(settings)
-            except (PlaitError, TypeError) as error:
-                raise PlaitError(f"{path}: generation.{modality}: {error}") from None
-        for share in ("media_first", "drop_text"):
-            if not 0 <= getattr(recipe.sequence, share) <= 1:
-                raise PlaitError(f"{path}: sequence.{share} is {getattr(recipe.sequence, share)}, expected 0 to 1")
+                Sampling.of({name: value})
+            except PlaitError as error:
+                yield [f"generation.{modality}.{name}"], f"is wrong: {error}"
+
+
+def _lies_in(number: float, interval: str) -> bool:
+    """Whether a number is in an interval such as "[0, 1)"; NaN is in none."""
+    low, high = map(float, interval[1:-1].split(","))
+    return low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")

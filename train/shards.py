@@ -6,6 +6,7 @@ codes, made by `plait data tokenize`). A shard appears under its name only when 
 """
 
 import contextlib
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -26,16 +27,10 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}.tar"
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder unless it is there.
-
-    Raises:
-        PlaitError: a file is in the way, or it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlaitError(f"{path}: cannot make this folder ({error.strerror}); choose another") from None
+def shard_hash(path: Path) -> str:
+    """The SHA-256 of a shard's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

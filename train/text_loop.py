@@ -11,7 +11,11 @@ from plait.train.shards import read_samples
 
 
 def train_text(recipe: TextTokenizerRecipe) -> TextTokenizer:
-    """Run a recipe and return the tokenizer, written to ``recipe.out``."""
+    """Run a recipe and return the tokenizer, written to ``recipe.out``.
+
+    Raises:
+        PlaitError: the folder cannot be made, or the shards' text is too little for the vocabulary.
+    """
     tokenizer = TextTokenizer.train(shard_texts(recipe.shards), recipe.vocabulary_size)
     tokenizer.save_pretrained(recipe.out)
     return tokenizer

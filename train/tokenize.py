@@ -6,7 +6,7 @@ restart skips it. A sample that cannot be read is counted and named, and the res
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from plait.errors import PlaitError
-from plait.tokenizers.base import read_json, write_json
+from plait.tokenizers.base import make_folder, read_json, write_json
 from plait.tokenizers.grammar import Span
 from plait.tokenizers.loading import load_tokenizers
 from plait.tokenizers.modalities import MODALITIES
 from plait.train.documents import TokenDocument, count_codes, pack_document, raw_parts
-from plait.train.shards import MANIFEST, make_folder, read_shard, shard_paths, shard_writer, write_manifest
+from plait.train.shards import MANIFEST, read_manifest, read_shard, shard_hash, shard_writer, write_manifest
 
 
 @dataclass
@@ -57,50 +57,56 @@ def tokenize(
         PlaitError: a shard or tokenizer is missing or broken, or ``out`` was made with other tokenizers or
             from other data.
     """
-    sources = shard_paths(shards, "raw")
+    # Shards made by hand may come without their hashes.
+    sources = {
+        shards / row["name"]: row.get("sha256") or shard_hash(shards / row["name"])
+        for row in read_manifest(shards, "raw")["shards"]
+    }
     fingerprints = {name: tokenizer.fingerprint for name, tokenizer in load_tokenizers(tokenizers).items()}
     if (out / MANIFEST).is_file() and read_json(out / MANIFEST).get("kind") == "raw":
         raise PlaitError(f"{out}: holds raw shards, which would be overwritten; choose another folder")
     make_folder(out)
-    report = TokenizeReport(shards=len(sources))
-    todo = []
-    for source in sources:
-        row = _finished(out, source, fingerprints)
-        report.reused += row is not None
-        if row is None:
-            todo.append(source)
-    workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
-    jobs = [(source, out, fingerprints) for source in todo]
-    if workers == 1:
-        _load(tokenizers, None)
-        for done, job in enumerate(jobs):
-            _tokenize_shard(*job)
-            if progress:
-                progress(report.reused + done + 1, len(sources))
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=_load, initargs=(tokenizers, 1)) as pool:
-            for done, _ in enumerate(pool.map(_tokenize_shard, *zip(*jobs, strict=True))):
-                if progress:
-                    progress(report.reused + done + 1, len(sources))
-    rows = [_finished(out, source, fingerprints) for source in sources]
-    for row in rows:
-        assert row is not None
-        report.samples += row["samples"]
-        report.skipped += row["skipped"]
-        for modality, count in row["codes"].items():
-            report.codes[modality] = report.codes.get(modality, 0) + count
+    rows = {source: _finished(out, source, digest, fingerprints) for source, digest in sources.items()}
+    jobs = [(source, out, sources[source], fingerprints) for source, row in rows.items() if row is None]
+    reused = len(sources) - len(jobs)
+    for done, (job, row) in enumerate(zip(jobs, _run(jobs, tokenizers, workers), strict=True), reused + 1):
+        rows[job[0]] = row
+        if progress:
+            progress(done, len(sources))
+    report = _report([row for row in rows.values() if row], reused)
     if not report.samples:
-        raise PlaitError(
-            f"{shards}: no sample could be tokenized; the first: {report.skipped[0] if report.skipped else 'none'}"
-        )
-    private = ("tokenizers", "source_bytes")
-    shown = [{k: v for k, v in row.items() if k not in private} for row in rows if row]
+        raise PlaitError(f"{shards}: no sample could be tokenized; the first: {[*report.skipped, 'none'][0]}")
+    shown = [{k: v for k, v in row.items() if k != "tokenizers"} for row in rows.values() if row]
     write_manifest(out, "tokens", shown, tokenizers=fingerprints)
     return report
 
 
-def _finished(out: Path, source: Path, fingerprints: dict[str, str]) -> dict[str, Any] | None:
+Job = tuple[Path, Path, str, dict[str, str]]  # raw shard, output folder, the shard's hash, fingerprints
+
+
+def _run(jobs: list[Job], tokenizers: str, workers: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the jobs' rows in order."""
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    if workers > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=_load, initargs=(tokenizers, 1)) as pool:
+            yield from pool.map(_tokenize_shard, *zip(*jobs, strict=True))
+    elif jobs:
+        _load(tokenizers, None)
+        yield from (_tokenize_shard(*job) for job in jobs)
+
+
+def _report(rows: list[dict[str, Any]], reused: int) -> TokenizeReport:
+    report = TokenizeReport(shards=len(rows), reused=reused)
+    for row in rows:
+        report.samples += row["samples"]
+        report.skipped += row["skipped"]
+        for modality, count in row["codes"].items():
+            report.codes[modality] = report.codes.get(modality, 0) + count
+    return report
+
+
+def _finished(out: Path, source: Path, digest: str, fingerprints: dict[str, str]) -> dict[str, Any] | None:
     """The manifest row of a shard that an earlier run finished."""
     path, row_file = out / source.name, out / f"{source.name}.json"
     if not row_file.is_file() or not path.is_file():
@@ -110,7 +116,7 @@ def _finished(out: Path, source: Path, fingerprints: dict[str, str]) -> dict[str
         raise PlaitError(
             f"{path}: was made with other tokenizers (fingerprints differ); use a new folder or remove {out}"
         )
-    if row.get("source_bytes") != source.stat().st_size:
+    if row.get("source") != digest:
         raise PlaitError(f"{path}: was made from other data than {source}; use a new folder or remove {out}")
     return row if row["bytes"] == path.stat().st_size else None
 
@@ -122,7 +128,7 @@ def _load(tokenizers: str, threads: int | None) -> None:
     _tokenizers = load_tokenizers(tokenizers)
 
 
-def _tokenize_shard(source: Path, out: Path, fingerprints: dict[str, str]) -> None:
+def _tokenize_shard(source: Path, out: Path, digest: str, fingerprints: dict[str, str]) -> dict[str, Any]:
     samples, skipped, codes = 0, [], dict[str, int]()
     with shard_writer(out / source.name) as write:
         for sample in read_shard(source):
@@ -137,9 +143,10 @@ def _tokenize_shard(source: Path, out: Path, fingerprints: dict[str, str]) -> No
                 codes[modality] = codes.get(modality, 0) + count
     row = {
         "name": source.name, "samples": samples, "bytes": (out / source.name).stat().st_size,
-        "codes": codes, "skipped": skipped, "tokenizers": fingerprints, "source_bytes": source.stat().st_size,
+        "codes": codes, "skipped": skipped, "source": digest, "tokenizers": fingerprints,
     }  # fmt: skip
     write_json(out / f"{source.name}.json", row)
+    return row
 
 
 def tokenize_sample(sample: dict[str, Any], tokenizers: dict[str, Any]) -> TokenDocument:

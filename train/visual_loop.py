@@ -17,19 +17,16 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from plait.errors import PlaitError
-from plait.tokenizers.media import EXTENSIONS, contact_sheet, read_image, to_image, to_pixels
+from plait.tokenizers.media import contact_sheet, read_image, to_image, to_pixels
 from plait.tokenizers.metrics import CodebookUse, psnr
 from plait.tokenizers.visual import VisualTokenizer
+from plait.train.documents import member
 from plait.train.journal import Journal
 from plait.train.loader import SampleEncoder, batches, open_loader
 from plait.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from plait.train.recipe import VisualTokenizerRecipe
+from plait.train.recipe_file import check_resumable
 from plait.train.shards import read_samples
-
-
-def image_bytes(sample: dict[str, Any]) -> bytes | None:
-    """The image member of a raw sample, if it has one."""
-    return next((sample[s[1:]] for s in EXTENSIONS["image"] if s[1:] in sample), None)
 
 
 def crop_square(image: Image.Image, side: int) -> Image.Image:
@@ -43,17 +40,20 @@ class ImageEncoder(SampleEncoder):
     def __init__(self, side: int, flip: bool, seed: int) -> None:
         super().__init__()
         self.side, self.flip, self.seed = side, flip, seed
+        self.broken: set[str] = set()  # what was named already
 
     @stateless
     def encode_sample(self, sample: dict[str, Any]) -> Any:
         """Decode, crop, mirror."""
-        data = image_bytes(sample)
+        data = member(sample, "image")
         if data is None:
             raise SkipSample
         try:
             image = crop_square(read_image(data, sample["__key__"]), self.side)
         except PlaitError as error:
-            print(f"skipped {error}", flush=True)
+            if str(error) not in self.broken:
+                self.broken.add(str(error))
+                print(f"skipped {error}", flush=True)
             raise SkipSample from None
         draw = hashlib.sha256(f"{self.seed}/{sample['__key__']}/{self.current_sample_index}".encode()).digest()
         if self.flip and random.Random(draw).random() < 0.5:
@@ -67,8 +67,14 @@ class ImageEncoder(SampleEncoder):
 
 
 def train_visual(recipe: VisualTokenizerRecipe) -> VisualTokenizer:
-    """Run a recipe to its end and return the trained tokenizer, as stored in ``out/tokenizer``."""
+    """Run a recipe to its end and return the trained tokenizer, as stored in ``out/tokenizer``.
+
+    Raises:
+        PlaitError: the data is missing, the loss is no number, or ``out`` holds a run that began with another recipe.
+    """
     out = Path(recipe.out)
+    if (out / "checkpoint.pt").is_file():
+        check_resumable(recipe, out)
     torch.manual_seed(recipe.seed)
     heldout = load_heldout(recipe)
     encoder = ImageEncoder(recipe.image_size, recipe.flip, recipe.seed)
@@ -94,12 +100,14 @@ def train_visual(recipe: VisualTokenizerRecipe) -> VisualTokenizer:
         pixels = next(stream).contiguous(memory_format=torch.channels_last)
         decoded, codes = model(pixels)
         loss = reconstruction_loss(decoded, pixels, recipe)
+        if not loss.isfinite():
+            raise PlaitError(f"loss is {loss.item()} at step {step}; lower optimizer.lr or look at the data")
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip or float("inf"))
         optimizer.step()
         update_average(average, model, min(recipe.ema, step / (step + 10)))
-        if step % 50 == 0:
+        if step % recipe.log_every == 0:
             quality = float(psnr(decoded.detach(), pixels).mean())
             journal.log(step, loss=loss.item(), gradient=float(norm), psnr=quality, batch_codes=codes.unique().numel())
         if step % recipe.eval_every == 0 or step == recipe.steps:
@@ -137,14 +145,19 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def load_heldout(recipe: VisualTokenizerRecipe) -> Tensor:
-    """The held-out images as uint8 ``[N, 3, side, side]``."""
+    """The held-out images as uint8 ``[N, 3, side, side]``; one that cannot be read is named and left out."""
     crops = []
     for sample in read_samples(Path(recipe.heldout)):
-        if (data := image_bytes(sample)) is not None:
+        if (data := member(sample, "image")) is None:
+            continue
+        try:
             pixels = to_pixels(crop_square(read_image(data, sample["__key__"]), recipe.image_size))
-            crops.append(((pixels + 1) * 127.5).round().to(torch.uint8))
+        except PlaitError as error:
+            print(f"skipped {error}", flush=True)
+            continue
+        crops.append(((pixels + 1) * 127.5).round().to(torch.uint8))
     if not crops:
-        raise PlaitError(f"{recipe.heldout}: holds no images; heldout needs some to evaluate on")
+        raise PlaitError(f"{recipe.heldout}: holds no images that can be read; heldout needs some to evaluate on")
     return torch.stack(crops)
 
 
@@ -189,14 +202,24 @@ def _save(path: Path, step: int, *parts: Any) -> None:
 
 
 def _restore(path: Path, *parts: Any) -> int:
-    """Load a checkpoint of this run, if there is one; returns its step."""
+    """Load a checkpoint of this run, if there is one; returns its step.
+
+    Raises:
+        PlaitError: it cannot be read, or is of another architecture.
+    """
     if not path.is_file():
         return 0
     # The run's own file, and the loader's state is a Python object: this is not for files from elsewhere.
-    state = torch.load(path, map_location="cpu", weights_only=False)
     model, average, optimizer, loader = parts
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=False)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # unpickling and loading raise whatever they meet
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PlaitError(
+            f"{path.parent}: its checkpoint is not of this recipe's model ({reason}); choose another out"
+        ) from None
     loader.restore_state_rank(state["loader"])
     return int(state["step"])

@@ -15,10 +15,10 @@ from plait.errors import PlaitError
 
 app = typer.Typer(
     help="Text, images, video and audio as one braid of tokens.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-data = typer.Typer(help="Make and look at shards.", no_args_is_help=True)
-tokenizer = typer.Typer(help="Train and use tokenizers.", no_args_is_help=True)
+data = typer.Typer(help="Make and look at shards.", no_args_is_help=True, rich_markup_mode=None)
+tokenizer = typer.Typer(help="Train and use tokenizers.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
 
@@ -46,7 +46,7 @@ def demo(
 @app.command()
 def generate(
     parts: Annotated[
-        list[str], typer.Argument(metavar="PART...", help="Text, or the path of a media file; the order is the prompt.")
+        list[str], typer.Argument(metavar="PART", help="Text, or the path of a media file; the order is the prompt.")
     ],
     to: Annotated[str, typer.Option(help="text, image, audio, video or interleaved.")],
     out: Annotated[
@@ -221,15 +221,25 @@ def main() -> None:
     # The deepspeed launcher adds its own argument in front of ours.
     sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     try:
-        app()
+        sys.exit(app(standalone_mode=False))  # commands return None, --help and an interruption their exit code
     except PlaitError as error:
-        print(f"plait: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        message = f"plait: {error}"
+    except typer.TyperException as error:  # wrong usage
+        message = error.format_message()
+        if not message.startswith("Usage:"):  # without arguments it is the help
+            message = "plait: " + " ".join(message.split())
+    except ModuleNotFoundError as error:
+        missing = (error.name or "plait").partition(".")[0]
+        if missing == "plait":
+            raise
+        message = f"plait: this needs '{missing}'; run: pip install 'plait[train]'"
+    except (KeyboardInterrupt, typer.Abort):
         print("plait: stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    print(message, file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

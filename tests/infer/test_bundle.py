@@ -98,6 +98,40 @@ def test_a_failed_save_keeps_the_old_bundle(bundle: Path, vocabulary: Vocabulary
     assert load_bundle(bundle).context == 256
 
 
+def test_a_bundle_is_there_whatever_fails(
+    bundle: Path, vocabulary: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old folder is deleted only after the new one has its name."""
+    config = DecoderConfig(vocabulary_size=vocabulary.size, width=16, layers=1)
+    contexts, rmtree = [], shutil.rmtree
+
+    def watched(path: Path, **options: Any) -> None:
+        contexts.append(json.loads((bundle / "config.json").read_text())["context"])
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    weights = Decoder(config).state_dict()
+    save_bundle(bundle, config, weights, vocabulary, bundle / "tokenizers", {}, 12, torch.float32)
+    assert (contexts[0], contexts[-1]) == (256, 12)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_bundle_where_no_folder_can_be(tokenizers: Path, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = DecoderConfig(vocabulary_size=vocabulary.size, width=16, layers=1)
+    weights, folder = Decoder(config).state_dict(), tmp_path / "file" / "bundle"
+    with pytest.raises(PlaitError, match="cannot make this folder"):
+        save_bundle(folder, config, weights, vocabulary, tokenizers, {}, 1, torch.float32)
+
+
+def test_loaded_weights_do_not_hang_on_the_file(bundle: Path) -> None:
+    decoder = load_bundle(bundle).decoder
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    content = (bundle / "model.safetensors").read_bytes()
+    (bundle / "model.safetensors").write_bytes(bytes(len(content)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.state_dict().items())
+
+
 def swap_tokenizer(folder: Path) -> None:
     TextTokenizer.train(["other words entirely, again and again"] * 9, 280).save_pretrained(folder)
 
@@ -118,6 +152,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("config.json", lambda p: edit(p, lambda c: c.update(context="many")), "context a whole number"),
     ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(experts=8)), "unknown field 'experts'"),
     ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(vocabulary_size=7)), "vocabulary_size is 7"),
+    ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(width=1 << 40)), "no tensor can be that large"),
     ("vocabulary.json", lambda p: p.unlink(), "no such file"),
     ("vocabulary.json", lambda p: edit(p, lambda c: c["blocks"][-1].update(name="x")), "vocabulary.json"),
     ("vocabulary.json", lambda p: edit(p, lambda c: c["blocks"][0]["tokens"].reverse()), "not the vocabulary"),
@@ -126,7 +161,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("generation.json", lambda p: edit(p, lambda c: c.update(format_version="x")), "format_version is 'x'"),
     ("generation.json", lambda p: edit(p, lambda c: c["text"].update(heat=1)), "text: unknown setting 'heat'"),
     ("generation.json", lambda p: edit(p, lambda c: c["text"].update(top_p=3)), "text: top_p: 3"),
-    ("generation.json", lambda p: edit(p, lambda c: c["text"].update(temperature="hot")), "text: "),
+    ("generation.json", lambda p: edit(p, lambda c: c["text"].update(temperature="hot")), "text: temperature: 'hot'"),
     ("generation.json", lambda p: edit(p, lambda c: c.update(image=1.5)), "image: "),
     ("model.safetensors", lambda p: p.unlink(), "no such file"),
     ("model.safetensors", truncate, "not a readable safetensors file"),
@@ -152,3 +187,9 @@ def test_damage_is_one_line_that_names_the_file(
         load_bundle(bundle)
     assert str(bundle if file == "tokenizers" else bundle / file) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_an_absurd_width_takes_no_memory(bundle: Path) -> None:
+    edit(bundle / "config.json", lambda c: c["decoder"].update(width=1 << 20, ffn_width=64))
+    with pytest.raises(PlaitError, match=r"tensor '\S+' has shape \(.*\), config\.json says \(.*1048576"):
+        load_bundle(bundle)  # a width of 2²⁰ is terabytes

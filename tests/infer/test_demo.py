@@ -66,4 +66,4 @@ def test_out_is_a_file(main: Callable[..., Any], shown: Path, tmp_path: Path) ->
     (tmp_path / "out").write_text("")
     ran = main("demo", "--model", shown, "--out", tmp_path / "out")
     assert ran.code == 2
-    assert "cannot be made" in ran.err
+    assert "cannot make this folder" in ran.err

@@ -103,7 +103,7 @@ def test_an_empty_document_is_an_empty_file(tmp_path: Path) -> None:
 
 def test_save_where_a_file_is(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(PlaitError, match=r"out: cannot be made \(File exists\)"):
+    with pytest.raises(PlaitError, match=r"out: cannot make this folder \(File exists\)"):
         Document(["a"]).save(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 

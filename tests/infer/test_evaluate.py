@@ -6,8 +6,14 @@ import torch
 from PIL import Image
 
 from plait.errors import PlaitError
+from plait.infer.bundle import save_bundle
+from plait.infer.demo import gallery
 from plait.infer.evaluate import captioned_images, evaluate, nearest
-from plait.infer.pipeline import Model
+from plait.infer.pipeline import Model, load
+from plait.model.config import DecoderConfig
+from plait.model.decoder import Decoder
+from plait.tokenizers.loading import load_tokenizers
+from plait.tokenizers.vocabulary import Vocabulary
 
 
 def test_manifest_rows_become_captions_and_images(emoji: Path) -> None:
@@ -35,6 +41,29 @@ def test_broken_manifests(tmp_path: Path, content: bytes | None, message: str) -
     with pytest.raises(PlaitError, match=message) as raised:
         captioned_images(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_only_line_feeds_end_rows_and_blank_lines_are_skipped(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    caption = "one\u2028two\x85three"
+    row = json.dumps({"path": "a.png", "caption": caption}, ensure_ascii=False)
+    (tmp_path / "manifest.jsonl").write_bytes(f"\n{row}\r\n \n{row}\n\n".encode())
+    assert [text for text, _ in captioned_images(tmp_path)] == [caption, caption]
+    (tmp_path / "manifest.jsonl").write_text("\n\n{\n")
+    with pytest.raises(PlaitError, match=r"manifest\.jsonl:3: "):
+        captioned_images(tmp_path)
+
+
+@pytest.mark.parametrize(("has", "lacks"), [("text", "image"), ("image", "text")])
+def test_a_bundle_without_a_modality(tokenizers: Path, tmp_path: Path, has: str, lacks: str) -> None:
+    vocabulary = Vocabulary.build(load_tokenizers(tokenizers), [has])
+    config = DecoderConfig(vocabulary_size=vocabulary.size, width=16, layers=1)
+    weights = Decoder(config).state_dict()
+    save_bundle(tmp_path / "one", config, weights, vocabulary, tokenizers, {}, 64, torch.float32)
+    model, rows = load(tmp_path / "one"), [("a", Image.new("RGB", (8, 8)))]
+    for use in (evaluate, gallery):
+        with pytest.raises(PlaitError, match=f"^{lacks}: this model has no such modality; it has {has}"):
+            use(model, rows)
 
 
 def test_figures(model: Model, emoji: Path) -> None:

@@ -77,9 +77,11 @@ def test_commands_are_all_in_the_list() -> None:
 
 
 def test_no_arguments_shows_the_help(main: Callable[..., Any]) -> None:
-    ran = main()
-    assert ran.code in (0, 2)
-    assert "generate" in ran.out + ran.err
+    for group in ([], ["data"], ["tokenizer"]):
+        ran = main(*group)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err.startswith("Usage: ")
+        assert "train" in ran.err or "pack" in ran.err
 
 
 def test_an_interruption_is_exit_code_130(main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +100,26 @@ def test_other_failures_keep_their_traceback(main: Callable[..., Any], monkeypat
 
     monkeypatch.setattr("plait.infer.demo.run_demo", broken)
     with pytest.raises(RuntimeError, match="a bug"):
+        main("demo")
+
+
+@pytest.mark.parametrize("module", ["webdataset", "deepspeed.comm", "megatron.energon", "yaml"])
+def test_a_missing_training_library_is_one_line(
+    main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    def needing(*_: object) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr("plait.infer.demo.run_demo", needing)
+    name = module.partition(".")[0]
+    assert main("demo") == (2, "", f"plait: this needs '{name}'; run: pip install 'plait[train]'\n")
+
+
+def test_a_missing_module_of_our_own_keeps_its_traceback(
+    main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plait.infer.demo", None)
+    with pytest.raises(ModuleNotFoundError):
         main("demo")
 
 

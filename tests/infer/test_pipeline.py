@@ -92,7 +92,7 @@ def test_max_tokens_is_kept_and_its_least_works(model: Model, requests: list[Req
         model.generate("a", to=to, n=6, seed=0, max_tokens=limit, temperature=3.0)
         assert all(0 < len(r.tokens) <= limit for r in requests)
         requests.clear()
-    with pytest.raises(PlaitError, match=f"leave {least - 1} for {to}, which needs at least {least}"):
+    with pytest.raises(PlaitError, match=f"^max_tokens: is {least - 1}, {to} needs at least {least}"):
         model.generate("a", to=to, max_tokens=least - 1)
 
 
@@ -104,8 +104,11 @@ def test_the_context_is_filled_but_never_exceeded(model: Model, requests: list[R
     assert len(model.bundle.tokenizers["text"].encode(longest)) == room
     model.generate(longest, to=to, seed=0)
     assert len(requests[0].prompt) + len(requests[0].tokens) <= 256
-    with pytest.raises(PlaitError, match="shorten the prompt"):
-        model.generate(longest + "0", to=to)
+    span = tokens + (to != "interleaved")
+    message = f"^prompt: takes {257 - span} of the context's 256 tokens, {to} needs at least {span}; shorten the prompt"
+    for limit in (None, 30):
+        with pytest.raises(PlaitError, match=message):
+            model.generate(longest + "0", to=to, max_tokens=limit)
 
 
 def test_prompts_of_a_batch_are_as_alone(model: Model, picture: Image.Image) -> None:
@@ -142,14 +145,19 @@ def test_guidance_needs_a_prompt_and_one_modality(model: Model, requests: list[R
         (["a"], {"to": "audio"}, "^audio: this model has no such modality; it has text, image"),
         ([Audio(torch.zeros(1, 10), 16_000)], {"to": "text"}, "^audio: this model has no such modality"),
         (["a"], {"to": "text", "n": 0}, "^n: 0 must be at least 1"),
-        (["a"], {"to": "text", "max_tokens": 0}, "raise max_tokens"),
-        (["a"], {"to": "text", "max_tokens": -4}, "raise max_tokens"),
+        (["a"], {"to": "text", "max_tokens": 0}, "^max_tokens: is 0, text needs at least 1"),
+        (["a"], {"to": "text", "max_tokens": -4}, "^max_tokens: is -4, text needs at least 1"),
+        (["a"], {"to": "text", "max_tokens": 9.0}, "^max_tokens: 9.0 must be a whole number"),
+        (["a"], {"to": "text", "seed": 1.5}, "^seed: 1.5 must be a whole number"),
+        (["a"], {"to": "text", "n": True}, "^n: True must be a whole number"),
         (["a" * 300], {"to": "text"}, "shorten the prompt"),
         ([3], {"to": "text"}, "^part: int is no str"),
         ([Path("missing.png")], {"to": "text"}, r"^missing\.png: no such file"),
         (["a\ud800"], {"to": "text"}, "surrogate"),
         (["a"], {"to": "text", "temperature": -1}, "^temperature: "),
         (["a"], {"to": "image", "top_p": 0}, "^top_p: "),
+        (["a"], {"to": "image", "top_p": "much"}, "^top_p: 'much' must be a number"),
+        (["a"], {"to": "text", "temperature": float("nan")}, "^temperature: nan must be a number"),
     ],
 )
 def test_bad_requests_are_one_line(model: Model, parts: list[Any], settings: dict[str, Any], message: str) -> None:
@@ -159,6 +167,42 @@ def test_bad_requests_are_one_line(model: Model, parts: list[Any], settings: dic
     if "n" not in settings:
         with pytest.raises(PlaitError, match=message):
             list(model.stream(*parts, **settings))
+
+
+def test_unknown_settings_are_refused(model: Model) -> None:
+    with pytest.raises(PlaitError, match="^unknown setting 'heat'; the settings are temperature"):
+        model.generate_batch([["a"]], to="text", heat=1)
+    with pytest.raises(PlaitError, match="^unknown setting 'heat'"):
+        list(model.stream("a", to="text", heat=1))
+
+
+@pytest.mark.parametrize("prompts", [["a", "b"], [["a"], Path("b.png")], "ab"])
+def test_a_prompt_of_a_batch_is_a_list(model: Model, prompts: Any) -> None:
+    with pytest.raises(PlaitError, match=r"^prompts\[[01]\]: is a \w+; give a list of parts"):
+        model.generate_batch(prompts, to="text")
+
+
+def test_many_requests_run_in_groups(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def watched(decoder: Any, requests: Sequence[Request]) -> Iterator[Any]:
+        sizes.append(len(requests))
+        return generate(decoder, requests)
+
+    monkeypatch.setattr(module, "generate", watched)
+    settings = {"to": "text", "seed": 3, "max_tokens": 20}
+    together = model.generate("a", n=5, **settings), model.generate_batch([["a"], [], ["b"]], **settings)
+    assert sizes == [5, 3]
+    sizes.clear()
+    monkeypatch.setattr(module, "ROWS", 2)
+    assert together == (model.generate("a", n=5, **settings), model.generate_batch([["a"], [], ["b"]], **settings))
+    assert sizes == [2, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cuda:", "cuda:-1", "cpu:0", "", 3])
+def test_unknown_devices_are_refused(bundle: Path, device: Any) -> None:
+    with pytest.raises(PlaitError, match=f"^device: {device!r} must be cpu, cuda"):
+        load(bundle, device=device)
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "no/such/folder"])
@@ -171,6 +215,8 @@ def test_unknown_model(name: str) -> None:
 def test_a_missing_gpu_is_said(bundle: Path) -> None:
     with pytest.raises(PlaitError, match=r"^device: cuda"):
         load(bundle, device="cuda")
+    with pytest.raises(PlaitError, match=r"^device: cuda:1 .* 0 GPUs"):
+        load(bundle, device="cuda:1")
 
 
 def test_other_dtypes_generate(bundle: Path) -> None:

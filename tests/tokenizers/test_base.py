@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from plait.errors import PlaitError
-from plait.tokenizers.base import Codes, check_codes, read_json, tensors_fingerprint, write_json
+from plait.tokenizers.base import Codes, check_codes, make_folder, read_json, tensors_fingerprint, write_json
 
 FULL = Codes(
     codes=torch.arange(24).reshape(2, 12),
@@ -149,3 +149,11 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> No
 def test_a_missing_json_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlaitError, match=r"a\.json: no such file"):
         read_json(tmp_path / "a.json")
+
+
+def test_file_in_the_way_of_a_folder(tmp_path: Path, text_tokenizer: Any, visual_tokenizer: Any) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        for use in (make_folder, text_tokenizer.save_pretrained, visual_tokenizer.save_pretrained):
+            with pytest.raises(PlaitError, match=f"{path}: cannot make this folder"):
+                use(path)

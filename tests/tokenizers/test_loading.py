@@ -146,3 +146,8 @@ def test_tokenizers_are_described(tokenizers: Path, bundle: Path, visual_tokeniz
     ]
     assert describe_tokenizers(tokenizers) == describe_tokenizers(bundle) == both
     assert describe_tokenizers(tokenizers / "visual") == both[1:]
+
+
+def test_a_name_that_is_too_long_is_refused() -> None:
+    with pytest.raises(PlaitError, match=r"^x+: cannot be read \(File name too long\)"):
+        find_weights("x" * 5000)

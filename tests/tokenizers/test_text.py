@@ -77,6 +77,12 @@ def test_half_a_surrogate_pair_is_refused(text_tokenizer: TextTokenizer, text: s
         text_tokenizer.encode(text)
 
 
+@pytest.mark.parametrize("text", [None, b"a", 3, ["a"]], ids=str)
+def test_what_is_no_string_is_refused(text_tokenizer: TextTokenizer, text: object) -> None:
+    with pytest.raises(PlaitError, match=r"^text: is a \w+, expected a str"):
+        text_tokenizer.encode(text)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "ids",
     [[300], [-1], [0, 1 << 40], [1.0], torch.tensor([1.5]), torch.tensor([True]), [[1, 2]], torch.tensor(1)],
@@ -92,6 +98,19 @@ def test_impossible_vocabulary_sizes_are_refused(texts: list[str], size: int) ->
     with pytest.raises(PlaitError, match=f"^vocabulary_size: {size} ") as raised:
         TextTokenizer.train(texts, size)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [(1024, "is too many for this text; choose at most 288"), (258, "is too few for this text; choose at least 267")],
+)
+def test_a_vocabulary_size_that_fits_is_named(size: int, problem: str) -> None:
+    texts = ["the cat sat on the mat"] * 9
+    with pytest.raises(PlaitError) as raised:
+        TextTokenizer.train(texts, size)
+    assert str(raised.value) == f"vocabulary_size: {size} {problem}"
+    fitting = int(problem.split()[-1])
+    assert TextTokenizer.train(texts, fitting).codebook_sizes == [fitting]
 
 
 def test_training_again_gives_the_same_tokenizer() -> None:

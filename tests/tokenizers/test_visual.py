@@ -170,6 +170,22 @@ def test_a_size_that_the_grid_cannot_hold_is_refused(visual_tokenizer: VisualTok
         visual_tokenizer.decode(Codes(codes, "image", size=size))
 
 
+def test_wrong_types_are_refused(visual_tokenizer: VisualTokenizer, tmp_path: Path) -> None:
+    codes = torch.zeros(1, 2, 2, dtype=torch.int64)
+    for pixels in (None, [[0.0]], torch.zeros(1, 3, 8, 8).numpy()):
+        with pytest.raises(PlaitError, match=r"^pixels: is a \w+, expected a tensor"):
+            visual_tokenizer.encode(pixels)
+    with pytest.raises(PlaitError, match="^codes: is a list"):
+        visual_tokenizer.decode([[1]])
+    for size in (37, 16.0, "ab", (16.0, 16.0)):
+        with pytest.raises(PlaitError, match="^size: .* must be whole numbers"):
+            visual_tokenizer.decode(codes, size=size)
+    for dtype in (torch.float16, torch.int8, "bf16"):
+        with pytest.raises(PlaitError, match="^dtype: .* must be torch.float32 or torch.bfloat16"):
+            visual_tokenizer.save_pretrained(tmp_path / "new", dtype)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("size", [(2, 16, 16), (4, 16, 16), (3, 17, 16), (16,), (1, 3, 16, 16)])
 def test_a_wrong_video_size_is_refused(visual_tokenizer: VisualTokenizer, size: tuple[int, ...]) -> None:
     with pytest.raises(PlaitError, match=r"^size: "):

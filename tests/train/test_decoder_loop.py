@@ -230,3 +230,41 @@ def test_resuming_under_another_plan_is_refused(
     done = plait("train", recipe, f"out={tmp_path / 'run'}")
     assert done.returncode == 2
     assert "loader-0.pt: missing" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("sequence.length=300", "the run began with sequence.length 256, not 300"),
+        ("seed=9", "the run began with seed 0, not 9"),
+    ],
+)
+def test_another_recipe_in_the_same_folder_is_refused(
+    override: str, reason: str, alone: Path, recipe: Path, tmp_path: Path, plait: Callable[..., Any]
+) -> None:
+    shutil.copytree(alone, tmp_path / "run")
+    done = plait("train", recipe, f"out={tmp_path / 'run'}", override)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert reason in done.stderr
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == (alone / "recipe.yaml").read_bytes()
+
+
+@pytest.mark.slow
+def test_other_data_under_the_same_name_is_refused(
+    alone: Path, recipe: Path, tmp_path: Path, plait: Callable[..., Any]
+) -> None:
+    shutil.copytree(alone, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-6" / "loader-0.pt"
+    torch.save({**torch.load(path, weights_only=False), "data": "other"}, path)
+    done = plait("train", recipe, f"out={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "the run began with other shards" in done.stderr
+
+
+@pytest.mark.slow
+def test_loss_that_is_no_number_ends_the_run(recipe: Path, tmp_path: Path, plait: Callable[..., Any]) -> None:
+    done = plait("train", recipe, f"out={tmp_path / 'run'}", "optimizer.lr=1e30", "optimizer.warmup_steps=0")
+    assert done.returncode == 2
+    assert "is nan; go on from the last checkpoint" in done.stderr
+    assert not (tmp_path / "run" / "bundle").exists()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from plait.errors import PlaitError
 from plait.tokenizers.grammar import Span
-from plait.train.documents import Part, TokenDocument, count_codes, pack_document, raw_parts, unpack_document
+from plait.train.documents import Part, TokenDocument, count_codes, member, pack_document, raw_parts, unpack_document
 
 
 def sample(facts: Any = None, **members: bytes) -> dict[str, Any]:
@@ -122,3 +122,12 @@ def test_truncated_tensors_name_the_key() -> None:
 def test_count_codes() -> None:
     spans = [Span("text", torch.zeros(3)), Span("image", torch.zeros(2, 4)), Span("text", torch.zeros(0))]
     assert count_codes(spans) == {"text": 3, "image": 8}
+
+
+def test_the_first_medium_of_a_kind_counts() -> None:
+    sample = {"__key__": "k", "webp": b"W", "jpg": b"J", "txt": b"t", "gif": b"G"}
+    assert member(sample, "image") == b"J"
+    assert [(part.modality, part.data) for part in raw_parts(sample)[0]] == [
+        ("text", b"t"), ("image", b"J"), ("video", b"G"),
+    ]  # fmt: skip
+    assert member({"__key__": "k", "txt": b"t"}, "image") is None

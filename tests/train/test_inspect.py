@@ -1,6 +1,7 @@
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 from PIL import Image
 
 from plait.errors import PlaitError
+from plait.tokenizers.modalities import MODALITIES
 from plait.tokenizers.text import TextTokenizer
-from plait.train.inspect import inspect
+from plait.train.inspect import SHOWN, inspect
 from plait.train.pack import pack
 
 
@@ -80,6 +82,28 @@ def test_broken_samples_are_named(emoji: Path, tmp_path: Path) -> None:
     assert sorted(line.split(":")[0].split()[0] for line in facts["broken"]) == ["cut", "facts.json", "latin"]
     assert facts["media"] == {"image": 1, "audio": 1}
     assert sum(line.startswith("broken  ") for line in text.splitlines()) == 3
+
+
+def test_sheet_that_cannot_be_written(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlaitError, match=r"sheet\.jpg: .* ends in \.png"):
+        inspect(raw, tmp_path / "sheet.jpg", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlaitError, match="file"):
+        inspect(raw, tmp_path / "file" / "sheet.png", None)
+
+
+def test_only_the_images_of_the_sheet_are_decoded(
+    tokens: Path, tokenizers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Any] = []
+    decode = MODALITIES["image"].decode
+    counting = replace(MODALITIES["image"], decode=lambda *args: [decoded.append(args), decode(*args)][1])
+    monkeypatch.setitem(MODALITIES, "image", counting)
+    facts, _ = inspect(tokens, tmp_path / "sheet.png", str(tokenizers))
+    assert len(decoded) == SHOWN
+    assert facts["media"] == {"text": 60, "image": 60}
+    assert sum(facts["sizes"].values()) == 60
+    assert facts["text_length_median"] > 0
 
 
 def test_missing_shard(raw: Path, tmp_path: Path) -> None:

@@ -1,6 +1,11 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from plait.errors import PlaitError
 from plait.train.journal import Journal
 from plait.train.recipe import DecoderRecipe
 from plait.train.recipe_file import load_recipe
@@ -51,3 +56,33 @@ def test_rewind_drops_a_line_cut_short(tmp_path: Path) -> None:
     journal.rewind(1)
     journal.log(2, loss=2.0)
     assert steps(tmp_path) == [1, 2]
+
+
+def test_seconds_go_on_after_a_resume(tmp_path: Path) -> None:
+    first = Journal(tmp_path, RECIPE)
+    first.started -= 100
+    first.log(1, loss=1.0)
+    second = Journal(tmp_path, RECIPE)
+    second.rewind(1)
+    second.log(2, loss=1.0)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["seconds"] >= 100
+
+
+def test_one_run_keeps_others_out(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from plait.train.journal import Journal; "
+        "from plait.train.recipe import DecoderRecipe; "
+        "j = Journal(Path(sys.argv[1]), DecoderRecipe(['a'], 't', 'o')); print('holds', flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "holds\n"
+        with pytest.raises(PlaitError, match="another run is writing to this folder"):
+            Journal(tmp_path, RECIPE)
+    finally:
+        other.kill()
+        other.wait()
+    Journal(tmp_path, RECIPE)

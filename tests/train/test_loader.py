@@ -141,3 +141,12 @@ def test_nothing_fits(loader: Any) -> None:
     opened = loader(length=10, streams=1)
     with pytest.raises(PlaitError, match=r"tokens do not fit sequence\.length 10"):
         next(batches(opened))
+
+
+def test_an_error_in_a_worker_is_not_swallowed(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise ArithmeticError("broken packer")
+
+    monkeypatch.setattr("plait.train.sequences.pack_sequences", broken)
+    with pytest.raises(ArithmeticError, match="broken packer"):
+        next(batches(loader(streams=1)))

@@ -9,7 +9,7 @@ import webdataset
 
 from plait.errors import PlaitError
 from plait.train.pack import PackReport, pack
-from plait.train.shards import read_samples
+from plait.train.shards import read_manifest, read_samples
 
 
 def put(folder: Path, **files: str | bytes) -> Path:
@@ -50,6 +50,30 @@ def test_files_that_share_a_stem(tmp_path: Path) -> None:
         "cat/deep/x": {"txt": b"far"},
     }
     assert (report.samples, report.shards, report.skipped) == (3, 1, [])
+
+
+def test_one_medium_of_a_kind_counts(tmp_path: Path) -> None:
+    source = put(tmp_path / "in", a__webp=b"W", a__jpg=b"J", a__png=b"P", a__wav=b"S", b__PNG=b"1", b__png=b"2")
+    samples, report = packed(source)
+    assert samples == {"a": {"png": b"P", "wav": b"S"}, "b": {"png": b"1"}}
+    assert [line.split(": ") for line in report.skipped] == [
+        [str(source / "a.jpg"), "a.png is this sample's image; rename one of them"],
+        [str(source / "a.webp"), "a.png is this sample's image; rename one of them"],
+        [str(source / "b.png"), "b.PNG is this sample's image; rename one of them"],
+    ]
+
+
+def test_all_media_of_listed_parts_count(tmp_path: Path) -> None:
+    parts = json.dumps({"parts": [{"image": "png"}, {"image": "jpg"}]})
+    samples, report = packed(put(tmp_path / "in", a__png=b"P", a__jpg=b"J", a__json=parts))
+    assert samples["a"] == {"png": b"P", "jpg": b"J", "json": parts.encode()}
+    assert report.skipped == []
+
+
+def test_the_manifest_has_the_hash_of_each_shard(emoji: Path, tmp_path: Path) -> None:
+    pack(emoji, tmp_path / "out", 30)
+    for row in read_manifest(tmp_path / "out")["shards"]:
+        assert row["sha256"] == hashlib.sha256((tmp_path / "out" / row["name"]).read_bytes()).hexdigest()
 
 
 def test_dots_in_names(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import pytest
 import plait.launch
 from plait.errors import PlaitError
 from plait.train.recipe import DecoderRecipe, VisualTokenizerRecipe
-from plait.train.recipe_file import load_recipe, save_recipe
+from plait.train.recipe_file import _RANGES, _flat, check_resumable, load_recipe, save_recipe
 
 BASE = "kind: decoder\nshards: [a]\ntokenizers: t\nout: o\n"
 SHIPPED = sorted(
@@ -49,12 +50,12 @@ def test_saved_recipe_keeps_overrides(tmp_path: Path) -> None:
 
 def test_overrides_take_the_field_s_type(tmp_path: Path) -> None:
     recipe = load(
-        tmp_path, BASE + "steps: 5\n", "optimizer.lr=3e-4", "optimizer.betas=[0.8,1]", "shards=[x, y]", "out=12",
+        tmp_path, BASE + "steps: 5\n", "optimizer.lr=3e-4", "optimizer.betas=[0.8,0]", "shards=[x, y]", "out=12",
         "sequence.loss_weights.text=2", "model.qk_norm=false", "steps=7", "generation={image: {top_k: 3}}", "seed=1",
     )  # fmt: skip
     assert isinstance(recipe, DecoderRecipe)
     assert recipe.optimizer.lr == 3e-4
-    assert recipe.optimizer.betas == (0.8, 1.0)
+    assert recipe.optimizer.betas == (0.8, 0.0)
     assert recipe.shards == ["x", "y"]
     assert recipe.out == "12"
     assert recipe.sequence.loss_weights == {"text": 2.0}
@@ -98,8 +99,12 @@ def test_unknown_key_names_the_nearest(wrong: str, right: str, tmp_path: Path) -
     assert repr(right) in message
 
 
-def test_unknown_key_without_a_near_one_lists_all(tmp_path: Path) -> None:
-    assert "known keys: shards, tokenizers" in refusal(tmp_path, BASE, "qqqqqqqq=1")
+def test_unknown_key_without_a_near_one_lists_its_level(tmp_path: Path) -> None:
+    message = refusal(tmp_path, BASE, "qqqqqqqq=1")
+    assert "known keys: shards, tokenizers" in message
+    assert "optimizer.lr" not in message
+    message = refusal(tmp_path, BASE, "parallel.qqqqqqqq=1")
+    assert message.endswith("known keys: parallel.zero, parallel.dtype")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +160,83 @@ def test_wrong_type_names_the_field(override: str, field: str, tmp_path: Path) -
 )
 def test_invalid_value_names_the_field(override: str, field: str, tmp_path: Path) -> None:
     assert field in refusal(tmp_path, BASE, override)
+
+
+VISUAL = "kind: visual-tokenizer\nshards: [a]\nheldout: h\nout: o\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("optimizer.lr=0", "optimizer.lr is 0.0, expected a number in (0, inf)"),
+        ("optimizer.lr=.nan", "optimizer.lr is nan"),
+        ("optimizer.lr=.inf", "optimizer.lr is inf"),
+        ("optimizer.lr=1e-9", "optimizer.min_lr is 5e-05, expected no more than optimizer.lr"),
+        ("optimizer.min_lr=-1", "optimizer.min_lr"),
+        ("optimizer.warmup_steps=-1", "optimizer.warmup_steps"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas is (0.9, 1.0), expected numbers in [0, 1)"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay"),
+        ("optimizer.clip=-1", "optimizer.clip"),
+        ("z_loss=-1", "z_loss"),
+        ("seed=-1", "seed"),
+        ("sequence.context_loss=-1", "sequence.context_loss"),
+        ("sequence.loss_weights.text=-1", "sequence.loss_weights.text is -1.0"),
+        ("sequence.loss_weights.smell=1", "sequence.loss_weights.smell is of no known modality; there are text, image"),
+        ("generation.smell={}", "generation.smell is of no known modality"),
+        ("generation={image: {temperature: abc}}", "generation.image.temperature is 'abc', expected a number"),
+        ("generation={image: {top_p: 2}}", "generation.image.top_p"),
+        ("generation={image: {warmth: 2}}", "generation.image.warmth"),
+        ("generation.image=1", "generation.image is 1"),
+        ("model.vocabulary_size=9", "model.vocabulary_size cannot be set, it comes from the tokenizers"),
+        ("model.dropout=1", "model.dropout"),
+        ("model.width=33", "model"),
+        ("out=''", "out is empty"),
+        ("steps=???", "steps: ??? stands for no value"),
+        ("shards=foo", "shards: expected a list; write shards=[foo]"),
+    ],
+)
+def test_the_command_line_is_blamed_for_its_values(override: str, reason: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, BASE, override).startswith(f"command line: {reason}")
+
+
+@pytest.mark.parametrize(
+    "override", ["l1=-1", "l2=-1", "log_l2=nan", "log_l2=-1", "ema=1", "image_size=30", "log_every=0"]
+)
+def test_visual_values_are_checked(override: str, tmp_path: Path) -> None:
+    load(tmp_path, VISUAL, kinds=("visual-tokenizer",))
+    with pytest.raises(PlaitError, match=f"command line: {override.partition('=')[0]} is "):
+        load(tmp_path, VISUAL, override, kinds=("visual-tokenizer",))
+
+
+def test_the_file_is_blamed_for_its_values(tmp_path: Path) -> None:
+    message = refusal(tmp_path, BASE + "z_loss: -1\n", "optimizer.lr=0.1")
+    assert message.startswith(f"{tmp_path / 'recipe.yaml'}: z_loss is -1.0")
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = {
+        key
+        for name in SHIPPED
+        for key, value in _flat(asdict(load_recipe(name)))
+        if isinstance(value, (int, float, tuple)) and not isinstance(value, bool) and not key.startswith("generation.")
+    }
+    assert {key for key in numbers if key not in _RANGES} == {"sequence.loss_weights.text"}
+
+
+def test_a_run_goes_on_with_its_recipe_only(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    check_resumable(load(tmp_path), run)
+    save_recipe(load(tmp_path), run / "recipe.yaml")
+    check_resumable(load(tmp_path, BASE, "steps=7", "save_every=1", "generation.text.top_k=1", "keep=9"), run)
+    for override in ("optimizer.lr=0.1", "sequence.loss_weights.text=2", "model.layers=3", "seed=1"):
+        with pytest.raises(PlaitError, match=rf"run: the run began with {override.partition('=')[0]} "):
+            check_resumable(load(tmp_path, BASE, override), run)
+
+
+def test_a_name_too_long_for_a_file() -> None:
+    with pytest.raises(PlaitError, match="File name too long"):
+        load_recipe("x" * 300)
 
 
 @pytest.mark.parametrize("missing", ["shards", "tokenizers", "out"])

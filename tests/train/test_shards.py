@@ -8,7 +8,7 @@ import pytest
 
 from plait.errors import PlaitError
 from plait.train.pack import pack
-from plait.train.shards import MANIFEST, make_folder, read_manifest, read_samples, read_shard, shard_writer
+from plait.train.shards import MANIFEST, read_manifest, read_samples, read_shard, shard_writer
 
 SHARD = "shard-000001.tar"
 
@@ -158,10 +158,3 @@ def test_any_folder_name_works(emoji: Path, tmp_path: Path, name: str, monkeypat
     monkeypatch.chdir(tmp_path)
     pack(emoji, Path(name), 60)
     assert sum(1 for _ in read_samples(Path(name))) == 60
-
-
-def test_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(PlaitError, match=f"{path}: cannot make this folder"):
-            make_folder(path)

@@ -147,6 +147,23 @@ def test_other_data_is_refused(raw: Path, mixed: Path, tokenizers: Path, tmp_pat
         tokenize(mixed, tmp_path / "out", str(tokenizers), workers=1)
 
 
+@pytest.mark.parametrize("hashed", [True, False])
+def test_other_data_of_the_same_size_is_refused(tokenizers: Path, tmp_path: Path, hashed: bool) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+        raw = tmp_path / f"raw-{name}"
+        pack(tmp_path / name, raw)
+        if not hashed:
+            manifest = json.loads((raw / MANIFEST).read_text())
+            del manifest["shards"][0]["sha256"]
+            (raw / MANIFEST).write_text(json.dumps(manifest))
+    tokenize(tmp_path / "raw-one", tmp_path / "out", str(tokenizers), workers=1)
+    assert tokenize(tmp_path / "raw-one", tmp_path / "out", str(tokenizers), workers=1).reused == 1
+    with pytest.raises(PlaitError, match="was made from other data"):
+        tokenize(tmp_path / "raw-two", tmp_path / "out", str(tokenizers), workers=1)
+
+
 def test_raw_shards_are_never_overwritten(mixed: Path, raw: Path, tokenizers: Path) -> None:
     whole = files(mixed)
     for source in (mixed, raw):

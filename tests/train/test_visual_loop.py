@@ -21,13 +21,14 @@ from plait.tokenizers.visual import VisualTokenizer
 from plait.train.loader import batches, open_loader
 from plait.train.pack import pack
 from plait.train.recipe import VisualTokenizerRecipe
+from plait.train.recipe_file import load_recipe
 from plait.train.visual_loop import (
     ImageEncoder,
     crop_square,
     evaluate,
-    image_bytes,
     load_heldout,
     reconstruction_loss,
+    train_visual,
     update_average,
 )
 
@@ -76,11 +77,6 @@ def test_crop_takes_the_middle() -> None:
     assert crop_square(image, 8).getpixel((4, 4)) == (0, 0, 255)
 
 
-def test_image_member() -> None:
-    assert image_bytes({"__key__": "k", "txt": b"t"}) is None
-    assert image_bytes({"__key__": "k", "txt": b"t", "webp": b"W"}) == b"W"
-
-
 def test_heldout_images(raw: Path, tmp_path: Path) -> None:
     images = load_heldout(VisualTokenizerRecipe([str(raw)], str(raw), "o", image_size=16))
     assert images.shape == (60, 3, 16, 16)
@@ -88,7 +84,7 @@ def test_heldout_images(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("no image")
     pack(tmp_path / "in", tmp_path / "raw")
-    with pytest.raises(PlaitError, match="raw: holds no images"):
+    with pytest.raises(PlaitError, match="raw: holds no images that can be read"):
         load_heldout(VisualTokenizerRecipe([str(raw)], str(tmp_path / "raw"), "o"))
 
 
@@ -127,9 +123,12 @@ def test_unreadable_images_are_skipped_and_named(
     for name, content in (("good.png", data), ("cut.png", data[:60]), ("words.txt", b"text")):
         (source / name).write_bytes(content)
     pack(source, tmp_path / "raw")
-    good = crops(tmp_path / "raw", tmp_path, False, n=2)
+    good = crops(tmp_path / "raw", tmp_path, False, n=4)
     assert all(torch.equal(crop, good[0][0]) for batch in good for crop in batch)
-    assert "skipped cut" in capfd.readouterr().out
+    assert capfd.readouterr().out.count("skipped cut") == 1
+    heldout = load_heldout(VisualTokenizerRecipe(["a"], str(tmp_path / "raw"), "o", image_size=16))
+    assert len(heldout) == 1
+    assert capfd.readouterr().out.count("skipped cut") == 1
 
 
 CONFIG = """
@@ -148,6 +147,38 @@ store: float32
 def config(raw: Path, tmp_path: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text(f"{CONFIG}shards: ['{raw}']\nheldout: '{raw}'\nout: '{tmp_path / 'run'}'\n")
     return tmp_path / "recipe.yaml"
+
+
+def run(config: Path, *overrides: str) -> VisualTokenizer:
+    recipe = load_recipe(str(config), overrides)
+    assert isinstance(recipe, VisualTokenizerRecipe)
+    return train_visual(recipe)
+
+
+def test_loss_that_is_no_number_saves_nothing(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(decoded: torch.Tensor, *_: Any) -> torch.Tensor:
+        return decoded.mean() * math.nan
+
+    monkeypatch.setattr("plait.train.visual_loop.reconstruction_loss", broken)
+    with pytest.raises(PlaitError, match=r"loss is nan at step 1; lower optimizer\.lr"):
+        run(config, "eval_every=1")
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_run_goes_on_with_its_recipe_only(config: Path, tmp_path: Path) -> None:
+    run(config, "steps=2", "log_every=1")
+    assert sorted(metrics(tmp_path / "run", "loss")) == [1, 2]
+    for override in ("optimizer.lr=1e-3", "model.widths=[8, 8]"):
+        with pytest.raises(PlaitError, match=rf"run: the run began with {override.partition('=')[0]}"):
+            run(config, "steps=3", override)
+    run(config, "steps=3", "log_every=1")
+    assert sorted(metrics(tmp_path / "run", "loss")) == [1, 2, 3]
+    # A checkpoint that is not what the recipe beside it says.
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    with pytest.raises(PlaitError, match="run: its checkpoint is not of this recipe's model") as caught:
+        run(config, "steps=4", "model.widths=[8, 8]")
+    assert "\n" not in str(caught.value)
 
 
 def metrics(out: Path, name: str) -> dict[int, float]:
