@@ -29,7 +29,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if type(value) not in (int, float) or math.isnan(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
                 raise PlaitError(f"{name}: {value!r} must be a number")
         if self.temperature < 0:
             raise PlaitError(f"temperature: {self.temperature} must be at least 0")

@@ -133,7 +133,7 @@ def train_step(engine: Engine, share: Batch, recipe: DecoderRecipe, groups: list
             metrics[f"loss_{name}"] = float(sums[1 + i]) / count
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise PlaitError(f"{name} is {value}; go on from the last checkpoint with a lower optimizer.lr, or look at the data")
+            raise PlaitError(f"{name} is {value}; go on from the last checkpoint with a lower optimizer.lr")
     return metrics
 
 

@@ -32,7 +32,7 @@ def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str
     Raises:
         PlaitError: the shards are missing or broken, or the sheet's name does not end in .png.
     """
-    if sheet.suffix != ".png":
+    if sheet.suffix.lower() != ".png":
         raise PlaitError(f"{sheet}: the contact sheet is a PNG; choose a name that ends in .png")
     manifest = read_manifest(folder)
     raw = manifest["kind"] == "raw"

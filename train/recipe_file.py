@@ -79,7 +79,8 @@ _RANGES = {
 }
 _DTYPES = ("float32", "bfloat16")
 
-# What may differ when a run goes on: how long it runs and what it reports, keeps and stores, and the folder's name.
+# What may differ when a run goes on: how long and how carefully it learns, what it reports, keeps and stores, and the
+# folder's name.
 _MAY_CHANGE = {
     "out", "steps", "save_every", "eval_every", "log_every", "keep", "generation", "store", "optimizer", "micro_batch",
     "z_loss",

@@ -228,8 +228,8 @@ def test_a_run_goes_on_with_its_recipe_only(tmp_path: Path) -> None:
     run.mkdir()
     check_resumable(load(tmp_path), run)
     save_recipe(load(tmp_path), run / "recipe.yaml")
-    check_resumable(load(tmp_path, BASE, "steps=7", "save_every=1", "generation.text.top_k=1", "keep=9"), run)
-    for override in ("optimizer.lr=0.1", "sequence.loss_weights.text=2", "model.layers=3", "seed=1"):
+    check_resumable(load(tmp_path, BASE, "steps=7", "optimizer.lr=0.1", "generation.text.top_k=1", "keep=9"), run)
+    for override in ("sequence.loss_weights.text=2", "model.layers=3", "seed=1"):
         with pytest.raises(PlaitError, match=rf"run: the run began with {override.partition('=')[0]} "):
             check_resumable(load(tmp_path, BASE, override), run)
 

@@ -169,7 +169,7 @@ def test_loss_that_is_no_number_saves_nothing(config: Path, tmp_path: Path, monk
 def test_run_goes_on_with_its_recipe_only(config: Path, tmp_path: Path) -> None:
     run(config, "steps=2", "log_every=1")
     assert sorted(metrics(tmp_path / "run", "loss")) == [1, 2]
-    for override in ("optimizer.lr=1e-3", "model.widths=[8, 8]"):
+    for override in ("l1=0.5", "model.widths=[8, 8]"):
         with pytest.raises(PlaitError, match=rf"run: the run began with {override.partition('=')[0]}"):
             run(config, "steps=3", override)
     run(config, "steps=3", "log_every=1")
