@@ -20,7 +20,7 @@ lint: $(VENV)/.test            ## style, types, import directions
 bench: $(VENV)/.test           ## speed beside a peer, in one run
 	$(BIN)/python tests/benchmarks/decoder.py
 
-tiny: $(VENV)/.test            ## train weights/plait-tiny again, from the data on (about 1.5 hours on 2 cores)
+tiny: $(VENV)/.test            ## train weights/plait-tiny again, from the data on (about an hour on 2 cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/tiny_cpu.sh
 
 clean:

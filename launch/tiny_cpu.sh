@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on one CPU machine, in about 1.5 hours on 2 cores: data, tokenizers, tokens, decoder, figures.
+# The whole way on one CPU machine, in about an hour on 2 cores: data, tokenizers, tokens, decoder, figures.
 # Run it from the repository root. It ends with the bundle in runs/tiny/decoder/bundle; every step that was done is
 # skipped or resumed when it is run again.
 set -euo pipefail
