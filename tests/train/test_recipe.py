@@ -7,7 +7,8 @@ import pytest
 import plait.launch
 from plait.errors import PlaitError
 from plait.train.recipe import DecoderRecipe, VisualTokenizerRecipe
-from plait.train.recipe_file import _RANGES, _flat, check_resumable, load_recipe, save_recipe
+from plait.train.recipe_check import RANGES, flat
+from plait.train.recipe_file import check_resumable, load_recipe, save_recipe
 
 BASE = "kind: decoder\nshards: [a]\ntokenizers: t\nout: o\n"
 SHIPPED = sorted(
@@ -217,10 +218,10 @@ def test_every_number_has_a_range() -> None:
     numbers = {
         key
         for name in SHIPPED
-        for key, value in _flat(asdict(load_recipe(name)))
+        for key, value in flat(asdict(load_recipe(name)))
         if isinstance(value, (int, float, tuple)) and not isinstance(value, bool) and not key.startswith("generation.")
     }
-    assert {key for key in numbers if key not in _RANGES} == {"sequence.loss_weights.text"}
+    assert {key for key in numbers if key not in RANGES} == {"sequence.loss_weights.text"}
 
 
 def test_a_run_goes_on_with_its_recipe_only(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""What a recipe's values may be: ranges of its numbers, known names, settings that fit together."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from plait.errors import PlaitError
+from plait.infer.sampling import Sampling
+from plait.model.config import DecoderConfig
+from plait.tokenizers.modalities import MODALITIES
+from plait.tokenizers.visual import VisualConfig
+
+# Every number of a recipe, by its dotted key: the interval that it, or each number of its list or mapping, must lie in.
+RANGES = {
+    "vocabulary_size": "[1, inf)",
+    "image_size": "[1, inf)",
+    "batch_size": "[1, inf)",
+    "global_batch": "[1, inf)",
+    "micro_batch": "[1, inf)",
+    "streams": "[1, inf)",
+    "steps": "[1, inf)",
+    "eval_every": "[1, inf)",
+    "save_every": "[1, inf)",
+    "log_every": "[1, inf)",
+    "keep": "[1, inf)",
+    "seed": "[0, 4294967296)",
+    "l1": "[0, inf)",
+    "l2": "[0, inf)",
+    "log_l2": "[0, inf)",
+    "z_loss": "[0, inf)",
+    "ema": "[0, 1)",
+    "optimizer.lr": "(0, inf)",
+    "optimizer.min_lr": "[0, inf)",
+    "optimizer.warmup_steps": "[0, inf)",
+    "optimizer.betas": "[0, 1)",
+    "optimizer.weight_decay": "[0, inf)",
+    "optimizer.clip": "[0, inf)",
+    "parallel.zero": "[0, 3]",
+    "sequence.length": "[1, inf)",
+    "sequence.media_first": "[0, 1]",
+    "sequence.drop_text": "[0, 1]",
+    "sequence.context_loss": "[0, inf)",
+    "sequence.loss_weights": "[0, inf)",
+    "model.vocabulary_size": "[0, 0]",
+    "model.width": "[1, inf)",
+    "model.layers": "[1, inf)",
+    "model.heads": "[1, inf)",
+    "model.kv_heads": "[1, inf)",
+    "model.ffn_width": "[0, inf)",
+    "model.rope_theta": "(0, inf)",
+    "model.norm_eps": "(0, inf)",
+    "model.dropout": "[0, 1)",
+    "model.patch": "[1, inf)",
+    "model.widths": "[1, inf)",
+    "model.encoder_blocks": "[0, inf)",
+    "model.decoder_blocks": "[0, inf)",
+    "model.levels": "[3, inf)",
+    "model.temporal_factor": "[1, 1]",
+}
+_DTYPES = ("float32", "bfloat16")
+
+
+def flat(plain: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def problems(plain: Any) -> Iterator[tuple[list[str], str]]:
+    """What would fail late or silently do nothing: the keys that are to blame, the first of them wrong, and why."""
+    for name in ("shards", "tokenizers", "heldout", "out"):
+        if not plain.get(name, name):
+            yield [name], "is empty; name a folder"
+    generation, weights = plain.get("generation", {}), plain.get("sequence", {}).get("loss_weights", {})
+    for name, modalities in (("generation", generation), ("sequence.loss_weights", weights)):
+        for modality in modalities:
+            if modality not in MODALITIES:
+                yield [f"{name}.{modality}"], f"is of no known modality; there are {', '.join(MODALITIES)}"
+    yield from _number_problems(plain)
+    yield from _generation_problems(generation)
+    architecture = {"decoder": DecoderConfig, "visual-tokenizer": VisualConfig}.get(plain["kind"], dict)
+    try:
+        factor = getattr(architecture(**plain.get("model", {})), "factor", 1)
+    except PlaitError as error:
+        yield ["model"], f"is wrong: {error}"
+    else:
+        if plain.get("image_size", factor) % factor:
+            reason = f"is {plain['image_size']}, expected a multiple of the model's factor, {factor}"
+            yield ["image_size", "model"], reason
+
+
+def _number_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
+    if plain.get("model", {}).get("vocabulary_size"):
+        yield ["model.vocabulary_size"], "cannot be set, it comes from the tokenizers; leave it out"
+    for key, value in flat(plain):
+        if key in ("store", "parallel.dtype") and value not in _DTYPES:
+            yield [key], f"is {value!r}, expected {' or '.join(map(repr, _DTYPES))}"
+        interval = RANGES.get(key) or RANGES.get(key.rpartition(".")[0], "(-inf, inf)")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not _lies_in(number, interval):
+                yield [key], f"is {value}, expected {'a number' if number is value else 'numbers'} in {interval}"
+    optimizer = plain.get("optimizer", {"lr": 0, "min_lr": 0})
+    if optimizer["min_lr"] > optimizer["lr"]:
+        reason = f"is {optimizer['min_lr']}, expected no more than optimizer.lr, {optimizer['lr']}"
+        yield ["optimizer.min_lr", "optimizer.lr"], reason
+
+
+def _generation_problems(generation: dict[str, Any]) -> Iterator[tuple[list[str], str]]:
+    for modality, settings in generation.items():
+        if not isinstance(settings, dict):
+            yield [f"generation.{modality}"], f"is {settings!r}, expected settings such as {{temperature: 0.5}}"
+        for name, value in settings.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                yield [f"generation.{modality}.{name}"], f"is {value!r}, expected a number"
+            try:
+                Sampling.of({name: value})
+            except PlaitError as error:
+                yield [f"generation.{modality}.{name}"], f"is wrong: {error}"
+
+
+def _lies_in(number: float, interval: str) -> bool:
+    """Whether a number is in an interval such as "[0, 1)"; NaN is in none."""
+    low, high = map(float, interval[1:-1].split(","))
+    return low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
