@@ -2,8 +2,8 @@
 
 The data is cut into ``streams`` logical workers, not into ranks: with 4 streams, one process runs 4 workers and two
 processes run 2 each, and worker i yields the same batches in both. A process takes its workers' batches in turn, so
-the batches of one optimizer step (``streams`` of them, or a multiple) are the same set whatever the number of
-processes. The loader's state is saved and restored exactly.
+the batches of one optimizer step (one of each stream) are the same set whatever the number of processes. The loader's
+state is saved and restored exactly.
 """
 
 import warnings

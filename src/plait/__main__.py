@@ -83,9 +83,7 @@ def generate(
 @app.command()
 def train(
     recipe: RecipeName,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Train a decoder; alone, or under torchrun or deepspeed."""
@@ -119,9 +117,7 @@ def evaluate(
 @tokenizer.command("train")
 def tokenizer_train(
     recipe: RecipeName,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Train a text or visual tokenizer."""
