@@ -41,26 +41,30 @@ Cache = dict[nn.Module, Tensor]
 CHUNK = 16
 
 
-def with_past(x: Tensor, count: int, layer: nn.Module, cache: Cache | None, mode: str = "replicate") -> Tensor:
-    """Prepend the ``count`` frames that came before ``x`` along dim 2, and remember the last ones for the next chunk.
+def with_past(
+    x: Tensor, count: int, layer: nn.Module, cache: Cache | None, mode: str = "replicate", dim: int = 2
+) -> Tensor:
+    """Prepend the ``count`` frames that came before ``x``, and remember the last ones for the next chunk.
 
     Args:
-        x: ``[B, C, T, ...]``.
+        x: frames along ``dim``, ``[B, C, T, ...]`` by default.
         count: frames a causal layer looks back.
         layer: whose past it is.
         cache: None for a whole video in one pass.
         mode: before the first frame there is the first frame again ("replicate") or nothing ("zeros").
+        dim: the axis of time.
 
     Returns:
-        ``[B, C, count + T, ...]``.
+        ``x`` with ``count`` more frames in front.
     """
     past = None if cache is None else cache.get(layer)
     if past is None:
-        past = x[:, :, :1].expand(-1, -1, count, *[-1] * (x.ndim - 3))
-        past = past if mode == "replicate" else torch.zeros_like(past)
-    x = torch.cat([past, x], 2)
+        first = x.narrow(dim, 0, 1)
+        first = first if mode == "replicate" else torch.zeros_like(first)
+        past = first.expand(*(count if axis == dim else -1 for axis in range(x.ndim)))
+    x = torch.cat([past, x], dim)
     if cache is not None:
-        cache[layer] = x[:, :, x.shape[2] - count :].clone()
+        cache[layer] = x.narrow(dim, x.shape[dim] - count, count).clone()
     return x
 
 
@@ -435,6 +439,15 @@ class PixelTokenizer(nn.Module, Tokenizer):
         write_json(folder / "config.json", header | asdict(self.config))
 
     @classmethod
+    def config_from(cls, content: dict[str, Any], where: Path) -> Any:
+        """The configuration from the rest of a config.json.
+
+        Raises:
+            PlaitError: an unknown or missing field, or a value that is refused.
+        """
+        return config_from_json(cls.config_class, content, where)
+
+    @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Load what `save_pretrained` wrote, in float32 and ready for inference.
 
@@ -448,7 +461,7 @@ class PixelTokenizer(nn.Module, Tokenizer):
         if header != (cls.kind, cls.architecture):
             raise PlaitError(f"{folder}/config.json: not a {cls.architecture} visual tokenizer, but {header}")
         fingerprint = content.pop("fingerprint", None)
-        tokenizer = cls(config_from_json(cls.config_class, content, folder / "config.json"))
+        tokenizer = cls(cls.config_from(content, folder / "config.json"))
         load_weights(tokenizer, folder / "model.safetensors")
         tokenizer.eval().requires_grad_(False)
         if fingerprint != tokenizer.fingerprint:
