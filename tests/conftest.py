@@ -17,6 +17,7 @@ from plait.model.config import DecoderConfig
 from plait.model.decoder import Decoder
 from plait.tokenizers.loading import load_tokenizers
 from plait.tokenizers.text import TextTokenizer
+from plait.tokenizers.quantizer import QuantizerConfig
 from plait.tokenizers.visual import VisualConfig, VisualTokenizer
 from plait.tokenizers.vocabulary import Vocabulary
 
@@ -44,7 +45,7 @@ def text_tokenizer() -> TextTokenizer:
 def visual_tokenizer() -> VisualTokenizer:
     """Untrained, 8× down, 60 codes."""
     torch.manual_seed(0)
-    config = VisualConfig(patch=4, widths=(8, 16), encoder_blocks=1, decoder_blocks=1, levels=(5, 4, 3))
+    config = VisualConfig(patch=4, widths=(8, 16), encoder_blocks=1, decoder_blocks=1, quantizer=QuantizerConfig(levels=(5, 4, 3)))
     return VisualTokenizer(config).eval().requires_grad_(False)
 
 

@@ -4,14 +4,14 @@ Each network's module lists its `Layout`s: ways in which released files name its
 reshapes; what does not come out as exactly the network's own tensors is an error that names the tensor.
 """
 
-import pickle
+import argparse
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,8 +37,8 @@ class Layout:
         name: what to call it in errors, "LlamaGen" for instance.
         tokenizer: the class, as "module:Class".
         recognise: whether tensors of these names (with any prefix taken off by `rename`) are of this layout; the second
-            argument is the folder's config.json or {}.
-        configure: the network's configuration, from the tensors' shapes and the folder's config.json or {}.
+            argument is the config.json beside them or {}, with the file's name (no suffix) as its "_name_or_path".
+        configure: the network's configuration, from the tensors' shapes and the same second argument.
         rename: the file's tensors → the network's own names and shapes; drops what the network has no use for (losses,
             counters).
     """
@@ -63,16 +63,17 @@ def load_foreign(path: Path) -> PixelTokenizer | None:
     if not files:
         return None
     beside = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    config = read_json(beside) if beside.is_file() else {}
+    config = (read_json(beside) if beside.is_file() else {}) | {"_name_or_path": files[0].stem}
     tensors: Tensors = {}
     for file in files:
         tensors |= read_checkpoint(file)
-    for layout in known_layouts():
+    layouts = known_layouts()
+    for layout in layouts:
         if layout.recognise(tensors, config):
             return convert(tensors, config, layout, path)
-    names = ", ".join(layout.name for layout in known_layouts())
     raise PlaitError(
-        f"{path}: its tensors ({', '.join(sorted(tensors)[:2])}, …) are of no tokenizer that is known here; known: {names}"
+        f"{path}: its tensors ({', '.join(map(repr, sorted(tensors)[:2]))}, …) are of no tokenizer that is known here; "
+        f"known: {', '.join(layout.name for layout in layouts)}"
     )
 
 
@@ -85,27 +86,43 @@ def convert(tensors: Tensors, config: dict[str, Any], layout: Layout, where: Pat
     """Build a layout's network and fill it.
 
     Raises:
-        PlaitError: a tensor is missing, extra or of another shape, or holds values that are not finite.
+        PlaitError: a tensor is missing, extra, of another shape or no plain numbers, or holds some that are not finite.
     """
     module, class_name = layout.tokenizer.split(":")
-    settings = layout.configure(tensors, config)
-    with torch.device("meta"):
-        tokenizer: PixelTokenizer = getattr(import_module(module), class_name)(settings)
-    renamed = layout.rename(dict(tensors), settings)
+    try:
+        settings = layout.configure(tensors, config)
+        renamed = layout.rename(dict(tensors), settings)
+        with torch.device("meta"):
+            tokenizer: PixelTokenizer = getattr(import_module(module), class_name)(settings)
+    except PlaitError as error:
+        raise PlaitError(f"{where}: {error}") from None
+    except KeyError as error:
+        raise PlaitError(
+            f"{where}: tensor {error.args[0]!r} is missing; not a whole {layout.name} checkpoint"
+        ) from None
+    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise PlaitError(f"{where}: not a {layout.name} checkpoint after all ({_first_line(error)})") from error
     expected = tokenizer.state_dict()
     for problem, names in (("is missing", set(expected) - set(renamed)), ("is extra", set(renamed) - set(expected))):
         if names:
             raise PlaitError(f"{where}: tensor {min(names)!r} {problem}; not a whole {layout.name} checkpoint")
-    for name, tensor in renamed.items():
-        if tensor.shape != expected[name].shape:
+    weights: Tensors = {}
+    for name, target in expected.items():
+        tensor = renamed[name]
+        if tensor.shape != target.shape:
             raise PlaitError(
-                f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} "
+                f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)} "
                 f"in a {layout.name} checkpoint"
             )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        is_dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not is_dense or tensor.is_floating_point() != target.is_floating_point():
+            kind = tensor.dtype if is_dense else "not a plain tensor"
+            raise PlaitError(f"{where}: tensor {name!r} is {kind}, expected {target.dtype} or the like")
+        # Copied, as the file may be mapped into memory and change.
+        weights[name] = tensor.detach().to(target.dtype, copy=True)
+        if not bool(weights[name].isfinite().all()):
             raise PlaitError(f"{where}: tensor {name!r} holds values that are not finite; the file is damaged")
-    stored = {name: tensor.to(expected[name].dtype, copy=True) for name, tensor in renamed.items()}
-    tokenizer.load_state_dict(stored, assign=True)
+    tokenizer.load_state_dict(weights, assign=True)
     tokenizer.eval().requires_grad_(False)
     return tokenizer
 
@@ -114,53 +131,80 @@ def weight_files(path: Path) -> list[Path]:
     """The weights file, or those in a folder: a sharded set by its index, else the one there is.
 
     Raises:
-        PlaitError: a folder with several unrelated weights files, or an index that names a missing file.
+        PlaitError: a folder with several unrelated weights files, or an index that is broken or names another folder's
+            or a missing file.
     """
     if path.is_file():
         return [path] if path.suffix in _WEIGHTS else []
-    indexes = sorted(path.glob("*.safetensors.index.json"))
-    if indexes:
-        names = sorted({str(name) for name in read_json(indexes[0]).get("weight_map", {}).values()})
-        for name in names:
-            if Path(name).name != name or not (path / name).is_file():
-                raise PlaitError(f"{path / name}: named by {indexes[0].name} but not there; copy the folder again")
-        return [path / name for name in names]
+    if indexes := sorted(path.glob("*.safetensors.index.json")):
+        return _shards(_only(indexes)[0])
     for suffix in _WEIGHTS:
-        found = sorted(path.glob(f"*{suffix}"))
-        if len(found) > 1:
-            raise PlaitError(f"{path}: holds {found[0].name} and {found[1].name}; name the file to load")
-        if found:
-            return found
+        if found := sorted(path.glob(f"*{suffix}")):
+            return _only(found)
     return []
 
 
+def _only(files: list[Path]) -> list[Path]:
+    if len(files) > 1:
+        raise PlaitError(f"{files[0].parent}: holds {files[0].name} and {files[1].name}; name the file to load")
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise PlaitError(f"{index}: has no weight_map; copy the folder again")
+    names = sorted({str(name) for name in shards.values()})
+    for name in names:
+        # A plain name: an index must not reach into other folders.
+        if Path(name).name != name or "\0" in name or not (index.parent / name).is_file():
+            raise PlaitError(f"{index}: names {name!r}, which is not in its folder; copy the folder again")
+    return [index.parent / name for name in names]
+
+
 def read_checkpoint(path: Path) -> Tensors:
-    """The tensors of a .safetensors file, or of a .pt, .pth, .ckpt or .bin file that holds nothing but tensors.
+    """The tensors of a safetensors file, or of a PyTorch file that holds nothing but plain data, whatever its suffix.
+
+    Of a training checkpoint the averaged weights are taken, if it has some.
 
     Raises:
         PlaitError: the file is broken, or needs Python objects to be unpickled, which would run its code.
     """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0].removeprefix("Weights only load failed. ").strip()
-        raise PlaitError(
-            f"{path}: holds Python objects besides tensors, and loading those runs code from the file ({reason[:120]}); "
-            "on a machine where you trust it, convert it: state = torch.load(path, weights_only=False)['state_dict']; "
-            "safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, 'model.safetensors')"
-        ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PlaitError(f"{path}: not a readable checkpoint ({reason}); copy it again") from None
-    while isinstance(content, dict) and (
-        inner := next((w for w in _WRAPPERS if isinstance(content.get(w), dict)), None)
-    ):
-        content = content[inner]
+        with path.open("rb") as file:
+            start = file.read(9)
+            file.seek(0)
+            if start.startswith(b"version "):
+                raise PlaitError(f"{path}: is a Git LFS pointer, not the file; fetch it with `git lfs pull`")
+            # A safetensors file begins with the length of its header, which is JSON.
+            if start[8:] == b"{":
+                content: Any = load_file(path)
+            else:
+                # Command line arguments, which LlamaGen's training stores, are as harmless as a dictionary.
+                with torch.serialization.safe_globals([argparse.Namespace]):
+                    content = torch.load(file, map_location="cpu", weights_only=True)
+    except PlaitError:
+        raise
+    except Exception as error:  # a hostile pickle can raise anything
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise PlaitError(
+                f"{path}: holds Python objects besides tensors ({refused[1]}), and loading those runs code from the "
+                "file; where you trust it, convert it: state = torch.load(path, weights_only=False)['state_dict']; "
+                "safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, 'model.safetensors')"
+            ) from None
+        raise PlaitError(f"{path}: not a readable checkpoint ({_first_line(error)}); copy it again") from None
+    for _ in _WRAPPERS:
+        inner = (content[w] for w in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(w), dict))
+        content = next((found for found in inner if found), content)
     if not isinstance(content, dict):
         raise PlaitError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise PlaitError(f"{path}: holds no tensors; expected a checkpoint's state_dict")
     return tensors
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, short enough for one line."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # after PyTorch's own advice
+    return (text.splitlines() or [type(error).__name__])[0][:160]

@@ -9,9 +9,13 @@ from plait.errors import PlaitError
 from plait.tokenizers.base import read_json
 from plait.tokenizers.vocabulary import Vocabulary
 
+# What config.json calls a tokenizer, "kind" or "kind/architecture", and its class.
 _CLASSES = {
     "text": "plait.tokenizers.text:TextTokenizer",
-    "visual": "plait.tokenizers.visual:VisualTokenizer",
+    "visual/plait": "plait.tokenizers.visual:VisualTokenizer",
+    "visual/emu3": "plait.tokenizers.emu3:Emu3Tokenizer",
+    "visual/vqgan": "plait.tokenizers.vqgan:VQGANTokenizer",
+    "visual/vidtok": "plait.tokenizers.vidtok:VidTokTokenizer",
 }
 
 
@@ -42,14 +46,15 @@ def load_tokenizer(name: str | Path, modality: str | None = None) -> Any:
     """Load a tokenizer.
 
     Args:
-        name: a tokenizer's folder, a bundle's folder, or a shipped name.
+        name: a tokenizer's folder, a bundle's folder, a shipped name, or another project's checkpoint, a file or a
+            folder that holds one: Emu3's, Chameleon's and other VQGANs', LlamaGen's, MoVQGAN's, VidTok's.
         modality: which of a bundle's tokenizers, "image" for instance.
 
     Returns:
-        A `plait.tokenizers.visual.VisualTokenizer` or `plait.tokenizers.text.TextTokenizer`, on the CPU.
+        A `plait.tokenizers.pixels.PixelTokenizer` or `plait.tokenizers.text.TextTokenizer`, on the CPU.
 
     Raises:
-        PlaitError: not found, damaged, or a bundle without that modality.
+        PlaitError: not found, damaged, unknown, or without that modality.
     """
     folder = find_weights(name)
     if (folder / "vocabulary.json").is_file():
@@ -57,14 +62,26 @@ def load_tokenizer(name: str | Path, modality: str | None = None) -> Any:
         if modality is None or modality not in modalities:
             raise PlaitError(f"{folder}: is a bundle; name one of its modalities: {', '.join(modalities)}")
         folder = folder / "tokenizers" / modalities[modality].tokenizer
-    kind = str(read_json(folder / "config.json").get("tokenizer"))
-    if kind not in _CLASSES:
-        raise PlaitError(f"{folder}/config.json: tokenizer is {kind!r}, this plait knows {', '.join(_CLASSES)}")
-    module, class_name = _CLASSES[kind].split(":")
-    tokenizer = getattr(import_module(module), class_name).from_pretrained(folder)
+    tokenizer = _load(folder)
     if modality is not None and modality not in tokenizer.modalities:
-        raise PlaitError(f"{folder}: is a {kind} tokenizer, it has no {modality}")
+        raise PlaitError(f"{folder}: is a {tokenizer.kind} tokenizer, it has no {modality}")
     return tokenizer
+
+
+def _load(path: Path) -> Any:
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "tokenizer" not in config:
+        from plait.tokenizers.foreign import load_foreign
+
+        if (tokenizer := load_foreign(path)) is None:
+            raise PlaitError(f"{path}: holds no tokenizer; expected a config.json written by plait, or a checkpoint")
+        return tokenizer
+    kind = str(config["tokenizer"])
+    kind += f"/{config.get('architecture', 'plait')}" if kind == "visual" else ""
+    if kind not in _CLASSES:
+        raise PlaitError(f"{path}/config.json: tokenizer is {kind!r}, this plait knows {', '.join(_CLASSES)}")
+    module, class_name = _CLASSES[kind].split(":")
+    return getattr(import_module(module), class_name).from_pretrained(path)
 
 
 def load_tokenizers(name: str | Path) -> dict[str, Any]:
@@ -87,16 +104,24 @@ def describe_tokenizers(name: str | Path) -> list[dict[str, Any]]:
     Raises:
         PlaitError: not found or damaged.
     """
-    folder = find_weights(name)
-    single = "tokenizer" in read_json(folder / "config.json") if (folder / "config.json").is_file() else False
-    found = {folder.name: load_tokenizer(folder)} if single else load_tokenizers(folder)
-    return [
-        {
-            "name": key,
-            "kind": tokenizer.kind,
-            "modalities": " ".join(tokenizer.modalities),
-            "codes": " ".join(map(str, tokenizer.codebook_sizes)),
-            "fingerprint": tokenizer.fingerprint[:16],
+    path = find_weights(name)
+    is_many = (path / "vocabulary.json").is_file() or (path / "tokenizers").is_dir() or any(path.glob("*/config.json"))
+    found = load_tokenizers(path) if is_many else {path.name: load_tokenizer(path)}
+    return [_describe(key, tokenizer) for key, tokenizer in found.items()]
+
+
+def _describe(name: str, tokenizer: Any) -> dict[str, Any]:
+    row = {
+        "name": name,
+        "kind": tokenizer.kind,
+        "modalities": " ".join(tokenizer.modalities),
+        "codes": " ".join(map(str, tokenizer.codebook_sizes)),
+    }
+    if tokenizer.kind == "visual":
+        frames = tokenizer.temporal_factor
+        row |= {
+            "architecture": tokenizer.architecture,
+            "pixels per code": f"{tokenizer.factor}×{tokenizer.factor}" + (f"×{frames} frames" if frames > 1 else ""),
+            "parameters": sum(p.numel() for p in tokenizer.parameters()),
         }
-        for key, tokenizer in found.items()
-    ]
+    return row | {"fingerprint": tokenizer.fingerprint[:16]}

@@ -1,12 +1,14 @@
-"""Media files in and out, and the plain classes that carry audio and video.
+"""Still pictures in and out, and the plain classes that carry audio and video; `video.py` reads and writes clips.
 
-Whatever a file holds (palette, alpha, 16 bits, EXIF rotation) becomes 8-bit RGB on white.
+Whatever a file holds (palette, alpha, 16 bits, EXIF rotation) becomes 8-bit RGB on white. Of an animation this file
+reads the first frame.
 """
 
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -18,6 +20,7 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from plait.errors import PlaitError
+from plait.tokenizers.base import write_file
 
 EXTENSIONS: dict[str, tuple[str, ...]] = {
     "text": (".txt",),
@@ -60,21 +63,58 @@ def read_image(source: str | Path | bytes | IO[bytes], name: str | None = None) 
         PlaitError: the file is missing, truncated, not an image or unreasonably large.
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
+    with (
+        pillow_errors(name),
+        Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image,
+    ):
+        image.load()
+        return to_rgb(image)
+
+
+@contextmanager
+def pillow_errors(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises on a file into one line.
+
+    Raises:
+        PlaitError: the file is missing, truncated, not an image or unreasonably large.
+    """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as those of broken EXIF data, which is no reason to refuse a picture
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                image.load()
-                return to_rgb(image)
+            warnings.filterwarnings("error", "Invalid APNG")  # it would be shown as a still
+            yield
+    except PlaitError:
+        raise
     except FileNotFoundError:
         raise PlaitError(f"{name}: no such file") from None
     except UnidentifiedImageError:
         raise PlaitError(f"{name}: not an image that can be read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PlaitError(f"{name}: too large ({error}); scale it down first") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        # Pillow reports a broken PNG chunk as SyntaxError.
+    except Exception as error:  # on damaged files its parsers raise SyntaxError, IndexError and many others
+        if isinstance(error, OSError) and error.strerror:
+            raise PlaitError(f"{name}: cannot be read ({error.strerror})") from None
         raise PlaitError(f"{name}: broken image ({error}); replace the file or leave it out") from None
+
+
+def write_image(image: Image.Image, path: str | Path) -> None:
+    """Write a still picture, whole or not at all, in the format that the extension names.
+
+    Raises:
+        PlaitError: another extension than .png, .jpg, .jpeg, .webp and .gif, a picture too large for the format, or a
+            file that cannot be written.
+    """
+    path = Path(path)
+    formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
+    if path.suffix.lower() not in formats:
+        raise PlaitError(f"{path}: a picture is written as {', '.join(formats)}; give a name that ends so")
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, formats[path.suffix.lower()], quality=95)
+    except (OSError, ValueError, OverflowError) as error:
+        raise PlaitError(f"{path}: cannot hold {image.width}×{image.height} pixels ({error}); write a .png") from None
+    write_file(path, buffer.getvalue())
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -190,7 +190,8 @@ class PixelTokenizer(nn.Module, Tokenizer):
         caches: list[Cache] = []
         for chunk in _regroup(self._checked(chunks), self._group):
             with torch.autocast(self.device.type, enabled=False):
-                yield self._encode_chunk(chunk.to(self.device, torch.float32), caches, n_codebooks, tile)
+                codes = self._encode_chunk(chunk.to(self.device, torch.float32), caches, n_codebooks, tile)
+            yield codes  # outside, or the consumer's own autocast would be off
 
     @torch.no_grad()
     def decode(self, codes: Codes | Tensor, size: tuple[int, ...] | None = None, tile: int | None = None) -> Tensor:
@@ -220,7 +221,7 @@ class PixelTokenizer(nn.Module, Tokenizer):
         size = self._checked_size(size, grid)
         video = codes if is_video else codes.unsqueeze(-3)
         pixels = torch.cat(list(self.decode_stream([video], size, tile)), 2)
-        return pixels if is_video else pixels.squeeze(2)
+        return pixels if is_video else pixels[:, :, 0]
 
     @torch.no_grad()
     def decode_stream(
@@ -237,18 +238,17 @@ class PixelTokenizer(nn.Module, Tokenizer):
             ``[B, 3, n, H, W]`` in ``[-1, 1]``.
 
         Raises:
-            PlaitError: as `decode`.
+            PlaitError: as `decode`, or chunks of different sizes.
         """
         left = size[0] if size is not None and len(size) == 3 else None
         caches: list[Cache] = []
         per_chunk = max(1, CHUNK // self.temporal_factor)
-        for whole in chunks:
-            self._check_grid(whole, video=True)
+        for whole in self._checked_codes(chunks, size):
             for codes in whole.split(per_chunk, -3):
                 if left == 0:
                     return
                 with torch.autocast(self.device.type, enabled=False):
-                    pixels = self._decode_chunk(codes.to(self.device), caches, tile).clamp(-1, 1)
+                    pixels = self._decode_chunk(codes.to(self.device, torch.int64), caches, tile).clamp(-1, 1)
                 if size is not None:
                     pixels = pixels[:, :, :left, : size[-2], : size[-1]]
                     left = None if left is None else left - pixels.shape[2]
@@ -342,7 +342,8 @@ class PixelTokenizer(nn.Module, Tokenizer):
         if not pixels.is_floating_point():
             raise PlaitError(f"pixels: dtype is {pixels.dtype}, expected floating point in [-1, 1]")
         # One comparison for NaN, infinity and range; a little room for resizing filters that overshoot.
-        if not bool((pixels.abs() <= 1.5).all()):
+        low, high = pixels.aminmax()
+        if not -1.5 <= float(low) <= float(high) <= 1.5:
             raise PlaitError("pixels: values are not finite or lie outside [-1, 1]; scale bytes with x / 127.5 - 1")
 
     def _checked(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -353,6 +354,18 @@ class PixelTokenizer(nn.Module, Tokenizer):
             if size not in (None, found):
                 raise PlaitError(f"pixels: a chunk is {tuple(chunk.shape)}, the chunks before differ in more than T")
             size = found
+            yield chunk
+
+    def _checked_codes(self, chunks: Iterable[Tensor], size: tuple[int, ...] | None) -> Iterator[Tensor]:
+        shape = None
+        for chunk in chunks:
+            self._check_grid(chunk, video=True)
+            found = (*chunk.shape[:-3], *chunk.shape[-2:])
+            if shape is None and size is not None:
+                self._checked_size(size[-2:], tuple(found[-2:]))
+            if shape not in (None, found):
+                raise PlaitError(f"codes: a chunk is {tuple(chunk.shape)}, the chunks before differ in more than t")
+            shape = found
             yield chunk
 
     def _check_codebooks(self, n_codebooks: int | None) -> None:
@@ -474,12 +487,12 @@ class PixelTokenizer(nn.Module, Tokenizer):
 def _regroup(chunks: Iterable[Tensor], group: tuple[int, int]) -> Iterator[Tensor]:
     """Chunks of any number of frames → chunks of whole groups, as soon as they are whole; the last one is padded."""
     least, later = group
-    most = max(1, CHUNK // later) * later
+    most = max(1, CHUNK // later) - 1  # groups that may follow the first in a chunk
     held: Tensor | None = None
     for chunk in chunks:
         held = chunk if held is None else torch.cat([held, chunk], 2)
         while (count := held.shape[2]) >= least:
-            whole = min(least + (count - least) // later * later, max(least, most))
+            whole = least + min(count - least, most) // later * later
             yield held[:, :, :whole]
             held, least = held[:, :, whole:], later
     if held is not None and (count := held.shape[2]):

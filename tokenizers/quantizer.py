@@ -43,7 +43,7 @@ class QuantizerConfig:
     Attributes:
         kind: "fsq", "vq_ema", "vq_grad", "lfq", "bsq", "simvq", or "rvq" (residual "vq_ema").
         levels: fsq: values per latent channel, at least 3 each.
-        codebook_size: codes per codebook, for all kinds but fsq, where the levels imply it; a power of two for lfq, bsq.
+        codebook_size: codes per codebook, for all kinds but fsq, whose levels imply it; a power of two for lfq, bsq.
         dim: latent channels, for the kinds with a codebook of vectors; implied for fsq, lfq and bsq.
         codebooks: rvq: how many, at least 2.
         decay: vq_ema, rvq: of the moving averages, per training pass.
@@ -98,14 +98,15 @@ class QuantizerConfig:
         if binary and size & (size - 1):
             raise PlaitError(f"quantizer: codebook_size is {size}, must be a power of two for {self.kind}")
         if self.kind == "fsq":
-            size, dim = math.prod(self.levels), len(self.levels)
-        else:
-            dim = size.bit_length() - 1 if binary else self.dim
-        if type(self.dim) is not int or (dim < 1 if dim is self.dim else self.dim not in (0, dim)):
-            implied = f"left out: {self.kind} implies {dim}" if dim is not self.dim else "a whole number of at least 1"
-            raise PlaitError(f"quantizer: dim is {self.dim!r}, must be {implied}")
-        if self.kind == "fsq" and self.codebook_size not in (0, size):
-            raise PlaitError(f"quantizer: codebook_size is {self.codebook_size!r}, but the levels make it {size}")
+            size = math.prod(self.levels)
+            if self.codebook_size not in (0, size):
+                raise PlaitError(f"quantizer: codebook_size is {self.codebook_size!r}, but the levels make it {size}")
+        if binary or self.kind == "fsq":
+            dim = size.bit_length() - 1 if binary else len(self.levels)
+            if self.dim not in (0, dim):
+                raise PlaitError(f"quantizer: dim is {self.dim!r}, but {self.kind} of {size} codes makes it {dim}")
+        elif type(self.dim) is not int or self.dim < 1:
+            raise PlaitError(f"quantizer: dim is {self.dim!r}, must be a whole number of at least 1")
         if type(self.codebooks) is not int or (self.codebooks < 2 if self.kind == "rvq" else self.codebooks != 1):
             must = "a whole number of at least 2 (one is vq_ema)" if self.kind == "rvq" else f"1 for {self.kind}"
             raise PlaitError(f"quantizer: codebooks is {self.codebooks!r}, must be {must}")
@@ -128,7 +129,7 @@ class Quantized(NamedTuple):
     Attributes:
         latents: float32 ``[..., dim]``, with gradients to the latents that went in.
         codes: int64 ``[...]``, or ``[..., q]`` of a residual quantizer.
-        losses: weighted scalars by name, to be added to the loss.
+        losses: weighted scalars by name, to be added to the loss; none in eval mode.
     """
 
     latents: Tensor
@@ -190,10 +191,10 @@ class Quantizer(nn.Module):
         elif state:
             raise PlaitError(f"quantizer: the training state has {sorted(state)[0]!r}, which this kind does not keep")
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self._averages is not None:
-            self._averages.trained = True  # a codebook that was loaded is not to be started anew
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._averages is not None and any(prefix + name in state_dict for name in self._buffers):
+            self._averages.restart()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Quantizer":
         # Buffers follow the device but not the dtype: averages that move by 1 % per step stand still in bfloat16.
@@ -317,12 +318,12 @@ class FiniteScalarQuantizer(Quantizer):
         if self._library is None:
             from vector_quantize_pytorch import FSQ
 
-            self._library = FSQ(levels=list(self.levels))
+            self.__dict__["_library"] = FSQ(levels=list(self.levels))  # no submodule
         self._library.to(z.device)
         with _exact_float32(z.device):
             quantized, indices = self._library(z.float().reshape(1, -1, self.dim))
             losses = {}
-            if self.entropy.weight:
+            if self.training and self.entropy.weight:
                 half_width = self._count // 2
                 values = [torch.arange(n, device=z.device) for n in self.levels]
                 values = [v.sub(n // 2).div(n // 2) for v, n in zip(values, self.levels, strict=True)]
@@ -387,7 +388,9 @@ class BinaryQuantizer(Quantizer):
             codes = self.codes(z)
             quantized = self.latents(codes)
             values = [x.new_tensor([-self.scale, self.scale])] * self.dim
-            losses = {"commitment": self.commitment * F.mse_loss(x, quantized)} | self.entropy.losses(x, values)
+            losses = {}
+            if self.training:
+                losses = {"commitment": self.commitment * F.mse_loss(x, quantized)} | self.entropy.losses(x, values)
         return Quantized(_straight_through(x, quantized), codes, losses)
 
     def codes(self, z: Tensor) -> Tensor:
@@ -424,7 +427,9 @@ class NearestCodebook(Quantizer):
         self.dim = dim
         self.codebook_sizes = [codebook_size]
         self.normalized = normalized
-        self.register_buffer("codebook", torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size))
+        self.register_buffer(
+            "codebook", torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+        )
 
     def _input(self, z: Tensor) -> Tensor:
         return F.normalize(z.float(), dim=-1) if self.normalized else z.float()
@@ -543,7 +548,7 @@ class GradientVectorQuantizer(NearestCodebook):
 
             # It draws a codebook, which is never used: a resumed run must go on with the same random numbers.
             with torch.random.fork_rng(devices=[]):
-                self._library = SimVQ(
+                self.__dict__["_library"] = SimVQ(  # no submodule
                     self.dim,
                     self.codebook_size,
                     codebook_transform=nn.Identity(),
@@ -632,7 +637,7 @@ class ResidualQuantizer(Quantizer):
         drawn = torch.randint(1, there + 1, shape, device=x.device)
         return torch.where(torch.rand(shape, device=x.device) < self.dropout, drawn, there)
 
-    def _levels(self, z: Tensor, count: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _stages(self, z: Tensor, count: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """What each codebook sees ``[N, dim]``, the codebook, and its codes ``[N]``."""
         residual = z.float().reshape(-1, self.dim)
         for table in self.codebooks[:count].float():
@@ -644,7 +649,7 @@ class ResidualQuantizer(Quantizer):
     def codes(self, z: Tensor, n_codebooks: int | None = None) -> Tensor:
         """Latents ``[..., dim]`` → codes int64 ``[..., q]`` of the first ``n_codebooks``, by default of all."""
         with _exact_float32(z.device):
-            codes = [codes for *_, codes in self._levels(z, n_codebooks)]
+            codes = [codes for *_, codes in self._stages(z, n_codebooks)]
         return torch.stack(codes, -1).reshape(*z.shape[:-1], -1)
 
     def latents(self, codes: Tensor) -> Tensor:
@@ -656,7 +661,7 @@ class ResidualQuantizer(Quantizer):
     def margin(self, z: Tensor) -> Tensor:
         """The smallest of the codebooks' margins, each the second smallest distance minus the smallest."""
         with _exact_float32(z.device):
-            margins = [_nearest_margin(residual, table) for residual, table, _ in self._levels(z, None)]
+            margins = [_nearest_margin(residual, table) for residual, table, _ in self._stages(z, None)]
         return torch.stack(margins).amin(0).reshape(z.shape[:-1])
 
 
@@ -668,8 +673,9 @@ class _MovingAverages:
 
     A codebook starts from k-means over at least 10 vectors per code, gathered over as many training passes and from all
     ranks; one that was loaded is left as it is. Then each pass moves the running number and sum of every code's vectors
-    (over all ranks) and sets the code to their mean. A code used less than ``dead_code`` times the mean use (tokens / K)
-    becomes one of the pass's vectors, with the mean use to begin with.
+    (over all ranks) and sets the code to their mean. A code used less than ``dead_code`` times the mean use (tokens/K)
+    becomes one of the pass's vectors, with the mean use to begin with (as in Mimi: Défossez et al., "Moshi", 2024,
+    arXiv 2410.00037).
 
     All ranks hold the same codebooks to the last bit: sums are reduced, vectors gathered, random choices drawn by the
     number of the pass, and k-means is taken from the first rank. So one process with the whole batch, in the order of
@@ -724,6 +730,11 @@ class _MovingAverages:
                 dist.broadcast(sizes, 0)
         self.pool, self.sizes, self.sums, self.trained = None, sizes, codebooks * sizes[..., None], True
         return True
+
+    def restart(self) -> None:
+        """Forget everything; the codebook is now one that was loaded and is not to be started anew."""
+        self.sizes = self.sums = self.pool = None
+        self.trained = True
 
     def step(self, codebooks: Tensor, i: int, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize with codebook i as it is, then move it.

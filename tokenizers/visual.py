@@ -70,11 +70,12 @@ class VisualConfig:
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("patch", 1), ("encoder_blocks", 0), ("decoder_blocks", 0)):
+        for name, least in (("patch", 1), ("encoder_blocks", 0), ("decoder_blocks", 0), ("temporal_factor", 1)):
             if type(number := getattr(self, name)) is not int or number < least:
                 raise PlaitError(f"visual tokenizer: {name} is {number!r}, must be a whole number of at least {least}")
         _check_list("widths", self.widths, 1)
-        _check_list("attention", self.attention or (0,), 0)
+        if self.attention != ():
+            _check_list("attention", self.attention, 0)
         for name, known in (("stem", ("unshuffle", "haar")), ("decoder_norm", ("frame", "spatial"))):
             if getattr(self, name) not in known:
                 raise PlaitError(
@@ -233,7 +234,7 @@ class VisualTokenizer(PixelTokenizer):
     def to_latents(self, pixels: Tensor, cache: Cache | None = None) -> Tensor:
         """Pixels ``[B, 3, T, H, W]`` → latents ``[B, d, t, h, w]`` before quantization."""
         frames = rearrange(pixels, "b c t h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
-        clip = Clip(len(pixels), starts=not cache, cache=cache)
+        clip = Clip(pixels.shape[0], starts=not cache, cache=cache)
         z = self.encoder(frames, clip)
         _remember(cache, self.encoder)
         return rearrange(z, "(b t) d h w -> b d t h w", b=clip.batch)
@@ -241,7 +242,7 @@ class VisualTokenizer(PixelTokenizer):
     def from_latents(self, z: Tensor, cache: Cache | None = None) -> Tensor:
         """Quantized latents ``[B, d, t, h, w]`` → pixels ``[B, 3, T, H, W]``, not clamped."""
         frames = rearrange(z, "b d t h w -> (b t) d h w").contiguous(memory_format=torch.channels_last)
-        clip = Clip(len(z), starts=not cache, cache=cache)
+        clip = Clip(z.shape[0], starts=not cache, cache=cache)
         pixels = self.decoder(frames, clip)
         _remember(cache, self.decoder)
         return rearrange(pixels, "(b t) c h w -> b c t h w", b=clip.batch)
@@ -285,6 +286,7 @@ class VisualTokenizer(PixelTokenizer):
                         "init: the tokenizer has another architecture; only temporal_factor may differ"
                     ) from None
         self.quantizer.load_state_dict(image.quantizer.state_dict())
+        self.__dict__.pop("fingerprint", None)  # of the weights before
 
     @classmethod
     def config_from(cls, content: dict[str, Any], where: Path) -> VisualConfig:

@@ -69,7 +69,6 @@ def train_decoder(recipe: DecoderRecipe) -> Path:
         metrics = train_step(engine, share, recipe, list(vocabulary.modalities), lr)
         if step % recipe.log_every == 0 or step == 1 or step == recipe.steps:
             journal.log(step, **metrics)
-            engine.monitor(step, metrics)
         if step % recipe.save_every == 0 or step == recipe.steps:
             checkpoints.save(step)
 

@@ -5,7 +5,6 @@ Its configuration is computed from the recipe, so no second file can disagree wi
 """
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from plait.errors import PlaitError
+from plait.train.processes import set_environment
 from plait.train.recipe import DecoderRecipe
 
 _OTHER_CHECKPOINT = "write the name of another one into 'latest' beside it, or start in another folder"
@@ -25,11 +25,7 @@ def start_distributed() -> tuple[int, int]:
     Returns:
         rank and world size.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    set_environment()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -83,11 +79,6 @@ class Engine:
             "zero_optimization": {"stage": recipe.parallel.zero},
             "bf16": {"enabled": recipe.parallel.dtype == "bfloat16"},
             "steps_per_print": 1 << 40,
-            "tensorboard": {
-                "enabled": True,
-                "output_path": str(Path(recipe.out) / "tensorboard"),
-                "job_name": "decoder",
-            },
         }
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.zero = recipe.parallel.zero
@@ -129,11 +120,6 @@ class Engine:
         values = values.to(self.device)
         torch.distributed.all_reduce(values)
         return values
-
-    def monitor(self, step: int, metrics: dict[str, float]) -> None:
-        """Send metrics to TensorBoard."""
-        if self._engine.monitor.enabled:
-            self._engine.monitor.write_events([(f"train/{name}", value, step) for name, value in metrics.items()])
 
     def save(self, folder: Path, tag: str) -> None:
         """Write this process's part of a checkpoint; ``latest`` then names it."""

@@ -9,7 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from plait.errors import PlaitError
 from plait.tokenizers.base import make_folder, write_file, write_json
@@ -34,6 +36,8 @@ class Journal:
         self.path = out / "metrics.jsonl"
         self.active = active
         self.started = time.monotonic()
+        self._writer: Any = None
+        self._first = 1
         if not active:
             return
         make_folder(out)
@@ -43,7 +47,7 @@ class Journal:
         write_json(out / "run.json", {"commit": _commit(), "versions": versions, **facts})
 
     def log(self, step: int, **metrics: float) -> None:
-        """Append one line to ``metrics.jsonl`` and print it."""
+        """Append one line to ``metrics.jsonl``, print it, and send it to TensorBoard."""
         if not self.active:
             return
         seconds = round(time.monotonic() - self.started, 1)
@@ -51,6 +55,20 @@ class Journal:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "seconds": seconds} | rounded, allow_nan=False) + "\n")
         print(f"step {step:6d}  {seconds:8.1f} s  " + "  ".join(f"{k} {v:.4g}" for k, v in rounded.items()), flush=True)
+        for name, value in rounded.items():
+            self._tensorboard().add_scalar(name, value, step)
+
+    def show(self, step: int, name: str, image: Image.Image) -> None:
+        """Send an image to TensorBoard."""
+        if self.active:
+            self._tensorboard().add_image(name, np.array(image), step, dataformats="HWC")
+
+    def _tensorboard(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self._first)
+        return self._writer
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step``, which a resumed run writes again, and a last line that a crash cut short."""
@@ -58,6 +76,7 @@ class Journal:
             lines = [line for line in self.path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_file(self.path, "".join(kept).encode())
+            self._first = step + 1
             if kept:
                 self.started -= json.loads(kept[-1])["seconds"]
 

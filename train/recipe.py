@@ -5,6 +5,7 @@ from typing import Any
 
 from plait.model.config import DecoderConfig
 from plait.tokenizers.visual import VisualConfig
+from plait.train.adversarial import AdversarialConfig
 
 
 @dataclass
@@ -45,21 +46,77 @@ class TextTokenizerRecipe:
 
 
 @dataclass
-class VisualTokenizerRecipe:
-    """Train a visual tokenizer on the images of raw shards.
+class LossConfig:
+    """What a visual tokenizer's reconstructions are judged by: the weight of each term, 0 turns it off.
 
     Attributes:
-        shards: folders of raw shards to train on.
-        heldout: folder of raw shards to evaluate on.
+        l1: absolute error.
+        l2: squared error.
+        log_l2: logarithm of each item's squared error.
+        ssim: 1 − SSIM; needs pictures of at least 11×11.
+        temporal: absolute error of the change from frame to frame; clips only.
+        perceptual: distance of features of a frozen network.
+        network: that network: the path of VGG16's or AlexNet's weights (torchvision's), or "stlpips-vgg" or
+            "stlpips-alex" with the package stlpips-pytorch installed.
+        heads: path of LPIPS's learned weights for that network; "" compares the features as they are.
+        perceptual_every: the perceptual term counts in every so many-th step, that many times as much.
+    """
+
+    l1: float = 0.2
+    l2: float = 1.0
+    log_l2: float = 0.0
+    ssim: float = 0.0
+    temporal: float = 0.0
+    perceptual: float = 0.0
+    network: str = ""
+    heads: str = ""
+    perceptual_every: int = 1
+
+
+@dataclass
+class ClipConfig:
+    """Clips to train on, besides or instead of images.
+
+    Attributes:
+        shards: folders of raw shards with clips (.mp4, .webm, .gif, or animated .webp); none trains on images only.
+        heldout: folder of raw shards with clips to evaluate on.
+        share: share of the optimizer steps that take clips instead of images.
+        batch_size: clips per optimizer step over all processes.
+        frames: frames of a clip, 1 + a multiple of the model's temporal factor.
+        fps: at which they are taken; a slower clip keeps its own rate.
+    """
+
+    shards: list[str] = field(default_factory=list)
+    heldout: str = ""
+    share: float = 0.5
+    batch_size: int = 8
+    frames: int = 9
+    fps: float = 12.0
+
+
+@dataclass
+class VisualTokenizerRecipe:
+    """Train a visual tokenizer on the images and clips of raw shards.
+
+    Attributes:
+        shards: folders of raw shards with images to train on.
+        heldout: folder of raw shards with images to evaluate on.
         out: run folder; the tokenizer ends in ``out/tokenizer``.
-        image_size: images are scaled to cover a square of this side and cropped to it.
-        batch_size: images per optimizer step.
+        init: a tokenizer to start from, of the same architecture or an image tokenizer that is inflated to video.
+        clips: what is trained on besides images.
+        loss: of the reconstructions.
+        adversarial: training against a discriminator.
+        discriminator_lr: the discriminator's learning rate, constant.
+        image_size: images and clips are scaled to cover a square of this side and cropped to it.
+        batch_size: images per optimizer step over all processes.
+        accumulate: forward passes per optimizer step and process.
+        streams: independent data streams over all processes, each in a worker process of its own. The same number
+            gives the same batches on any number of processes that divides it.
         steps: optimizer steps.
-        l1: weight of the absolute error.
-        l2: weight of the squared error.
-        log_l2: weight of the logarithm of each image's squared error.
-        flip: mirror half of the images.
+        flip: mirror half of the images and clips.
+        shift: move images and clips by up to this many pixels each way, repeating their edge.
         ema: decay of the averaged weights, which are what is evaluated and saved.
+        precision: "float32", or "bfloat16" for autocast; weights, quantizer and losses stay in float32.
         eval_every: steps between evaluations and checkpoints.
         log_every: steps between log lines.
         store: dtype of the saved weights, "float32" or "bfloat16".
@@ -68,16 +125,22 @@ class VisualTokenizerRecipe:
     shards: list[str]
     heldout: str
     out: str
+    init: str = ""
     model: VisualConfig = field(default_factory=VisualConfig)
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    discriminator_lr: float = 1e-4
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     image_size: int = 64
     batch_size: int = 32
+    accumulate: int = 1
+    streams: int = 2
     steps: int = 4000
-    l1: float = 0.2
-    l2: float = 1.0
-    log_l2: float = 0.0
     flip: bool = True
+    shift: int = 0
     ema: float = 0.999
+    precision: str = "float32"
     eval_every: int = 500
     log_every: int = 50
     seed: int = 0

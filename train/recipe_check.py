@@ -7,7 +7,10 @@ from plait.errors import PlaitError
 from plait.infer.sampling import Sampling
 from plait.model.config import DecoderConfig
 from plait.tokenizers.modalities import MODALITIES
+from plait.tokenizers.quantizer import QuantizerConfig
 from plait.tokenizers.visual import VisualConfig
+from plait.train.adversarial import AdversarialConfig
+from plait.train.discriminator import DiscriminatorConfig
 
 # Every number of a recipe, by its dotted key: the interval that it, or each number of its list or mapping, must lie in.
 RANGES = {
@@ -23,9 +26,27 @@ RANGES = {
     "log_every": "[1, inf)",
     "keep": "[1, inf)",
     "seed": "[0, 4294967296)",
-    "l1": "[0, inf)",
-    "l2": "[0, inf)",
-    "log_l2": "[0, inf)",
+    "accumulate": "[1, inf)",
+    "shift": "[0, inf)",
+    "discriminator_lr": "(0, inf)",
+    "loss.l1": "[0, inf)",
+    "loss.l2": "[0, inf)",
+    "loss.log_l2": "[0, inf)",
+    "loss.ssim": "[0, inf)",
+    "loss.temporal": "[0, inf)",
+    "loss.perceptual": "[0, inf)",
+    "loss.perceptual_every": "[1, inf)",
+    "clips.share": "[0, 1]",
+    "clips.batch_size": "[1, inf)",
+    "clips.frames": "[1, inf)",
+    "clips.fps": "(0, inf)",
+    "adversarial.weight": "[0, inf)",
+    "adversarial.lecam": "[0, inf)",
+    "adversarial.start_discriminator": "[0, inf)",
+    "adversarial.start_generator": "[0, inf)",
+    "adversarial.ramp": "[0, inf)",
+    "adversarial.discriminator.width": "[1, inf)",
+    "adversarial.discriminator.layers": "[1, inf)",
     "z_loss": "[0, inf)",
     "ema": "[0, 1)",
     "optimizer.lr": "(0, inf)",
@@ -53,8 +74,19 @@ RANGES = {
     "model.widths": "[1, inf)",
     "model.encoder_blocks": "[0, inf)",
     "model.decoder_blocks": "[0, inf)",
-    "model.levels": "[3, inf)",
-    "model.temporal_factor": "[1, 1]",
+    "model.attention": "[0, inf)",
+    "model.temporal_factor": "[1, 8]",
+    "model.quantizer.levels": "[3, inf)",
+    "model.quantizer.codebook_size": "[0, 2147483648)",
+    "model.quantizer.dim": "[0, inf)",
+    "model.quantizer.codebooks": "[1, inf)",
+    "model.quantizer.decay": "[0, 1]",
+    "model.quantizer.dead_code": "[0, 1]",
+    "model.quantizer.commitment": "[0, inf)",
+    "model.quantizer.entropy": "[0, inf)",
+    "model.quantizer.entropy_gamma": "[0, inf)",
+    "model.quantizer.entropy_temperature": "(0, inf)",
+    "model.quantizer.dropout": "[0, 1]",
 }
 _DTYPES = ("float32", "bfloat16")
 
@@ -80,22 +112,53 @@ def problems(plain: Any) -> Iterator[tuple[list[str], str]]:
                 yield [f"{name}.{modality}"], f"is of no known modality; there are {', '.join(MODALITIES)}"
     yield from _number_problems(plain)
     yield from _generation_problems(generation)
-    architecture = {"decoder": DecoderConfig, "visual-tokenizer": VisualConfig}.get(plain["kind"], dict)
+    if plain["kind"] == "decoder":
+        try:
+            DecoderConfig(**plain["model"])
+        except PlaitError as error:
+            yield ["model"], f"is wrong: {error}"
+    elif plain["kind"] == "visual-tokenizer":
+        yield from _visual_problems(plain)
+
+
+def _visual_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
     try:
-        factor = getattr(architecture(**plain.get("model", {})), "factor", 1)
+        QuantizerConfig(**plain["model"]["quantizer"])
+    except PlaitError as error:
+        yield ["model.quantizer"], f"is wrong: {error}"
+        return
+    try:
+        model = VisualConfig(**plain["model"] | {"quantizer": QuantizerConfig(**plain["model"]["quantizer"])})
     except PlaitError as error:
         yield ["model"], f"is wrong: {error}"
-    else:
-        if plain.get("image_size", factor) % factor:
-            reason = f"is {plain['image_size']}, expected a multiple of the model's factor, {factor}"
-            yield ["image_size", "model"], reason
+        return
+    try:
+        discriminator = DiscriminatorConfig(**plain["adversarial"]["discriminator"])
+        AdversarialConfig(**plain["adversarial"] | {"discriminator": discriminator})
+    except PlaitError as error:
+        yield ["adversarial"], f"is wrong: {error}"
+    if plain["image_size"] % model.factor:
+        reason = f"is {plain['image_size']}, expected a multiple of the model's factor, {model.factor}"
+        yield ["image_size", "model"], reason
+    clips, loss = plain["clips"], plain["loss"]
+    if clips["shards"] and (clips["frames"] - 1) % model.temporal_factor:
+        reason = f"is {clips['frames']}, expected 1 + a multiple of the model's temporal factor, {model.temporal_factor}"
+        yield ["clips.frames", "model"], reason
+    if bool(clips["shards"]) and not clips["heldout"]:
+        yield ["clips.heldout", "clips.shards"], "is empty; name a folder of clips to evaluate on"
+    if not plain["shards"] and not (clips["shards"] and clips["share"] == 1):
+        yield ["shards"], "is empty; name folders of images, or train on clips alone with clips.share=1"
+    if bool(loss["perceptual"]) != bool(loss["network"]):
+        yield ["loss.network", "loss.perceptual"], "and loss.perceptual need each other: a network and its weight"
+    if loss["ssim"] and plain["image_size"] < 11:
+        yield ["image_size", "loss.ssim"], "is below 11, the window of loss.ssim"
 
 
 def _number_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
     if plain.get("model", {}).get("vocabulary_size"):
         yield ["model.vocabulary_size"], "cannot be set, it comes from the tokenizers; leave it out"
     for key, value in flat(plain):
-        if key in ("store", "parallel.dtype") and value not in _DTYPES:
+        if key in ("store", "precision", "parallel.dtype") and value not in _DTYPES:
             yield [key], f"is {value!r}, expected {' or '.join(map(repr, _DTYPES))}"
         interval = RANGES.get(key) or RANGES.get(key.rpartition(".")[0], "(-inf, inf)")
         for number in value if isinstance(value, (list, tuple)) else [value]:

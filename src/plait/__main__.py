@@ -28,6 +28,10 @@ RecipeName = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override the recipe.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 ModelName = Annotated[str, typer.Option("--model", help="Bundle: a path or a shipped name.")]
+MediaFiles = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Told apart by content, not by name.")]
+VisualName = Annotated[str, typer.Option("--tokenizer", help="A tokenizer's or bundle's folder, or a shipped name.")]
+Tile = Annotated[int | None, typer.Option(min=1, help="Larger pictures in tiles of so many pixels; 2048 by default.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 
 
 @app.command()
@@ -133,9 +137,9 @@ def tokenizer_train(
     else:
         from plait.train.visual_loop import train_visual
 
-        train_visual(loaded)  # type: ignore[arg-type]
-        written = Path(loaded.out) / "tokenizer"
-    report(as_json, {"tokenizer": str(written)}, f"wrote {written}")
+        written = train_visual(loaded)  # type: ignore[arg-type]
+    if os.environ.get("RANK", "0") == "0":
+        report(as_json, {"tokenizer": str(written)}, f"wrote {written}")
 
 
 @tokenizer.command("info")
@@ -149,6 +153,99 @@ def tokenizer_info(
     rows = describe_tokenizers(name)
     lines = [f"{row['name']}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k != "name") for row in rows]
     report(as_json, {"tokenizers": rows}, "\n".join(lines))
+
+
+@tokenizer.command("eval")
+def tokenizer_eval(
+    name: Annotated[
+        str, typer.Argument(metavar="TOK", help="A tokenizer's or bundle's folder, a checkpoint, or a shipped name.")
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Folder of images and clips, or with a manifest.jsonl (path).")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the report and the sheets.")] = Path(
+        "out/tokenizer-eval"
+    ),
+    size: Annotated[
+        int | None, typer.Option(help="Scale the short side to so many pixels; native size by default.")
+    ] = None,
+    crop: Annotated[bool, typer.Option(help="With --size: crop the middle square.")] = True,
+    frames: Annotated[int, typer.Option(help="Frames of a clip, from its start.")] = 9,
+    fps: Annotated[float, typer.Option(help="Frames per second of clips, at most their own.")] = 12.0,
+    perceptual: Annotated[
+        str | None, typer.Option(help="Weights of a perceptual distance; stlpips-vgg if it is installed.")
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="Learned heads for --perceptual, which make it LPIPS.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Classifier for a Fréchet distance; efflite0 if it is installed.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many images and clips only.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda with a number.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure what a visual tokenizer keeps of images and clips."""
+    from plait.tokenizers.evaluate import evaluate_folder
+    from plait.tokenizers.protocol import Protocol
+    from plait.train.progress import progress_bar
+
+    protocol = Protocol(size, crop, frames, fps)
+    with progress_bar("files") as advance:
+        facts, text = evaluate_folder(
+            name, folder, out, protocol, perceptual=perceptual, heads=heads, features=features, limit=limit,
+            device=device, advance=advance,
+        )  # fmt: skip
+    for line in facts["data"]["skipped"]:
+        print(f"skipped {line}", file=sys.stderr)
+    report(as_json, facts, text)
+
+
+@tokenizer.command("encode")
+def tokenizer_encode(
+    files: MediaFiles,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for NAME.codes.safetensors.")],
+    name: VisualName = "tiny-vision",
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Scale the short side to so many pixels; native size by default.")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of videos; their own by default.")] = None,
+    tile: Tile = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda with a number.")] = "cpu",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Encode pictures (PNG, JPEG, WebP, GIF) and videos (MP4, WebM, animations) into files of codes."""
+    from plait.tokenizers.files import encode_files
+    from plait.train.progress import progress_bar
+
+    with progress_bar("frames") as advance:
+        written = encode_files(
+            files, out, name, size=size, fps=fps, tile=tile, device=device, overwrite=overwrite, advance=advance
+        )
+    report_files(as_json, name, written)
+
+
+@tokenizer.command("decode")
+def tokenizer_decode(
+    files: MediaFiles,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures and videos.")],
+    name: VisualName = "tiny-vision",
+    format: Annotated[
+        str | None, typer.Option(help="png, jpg, webp or gif; videos: mp4, webm, gif or webp. By default png and mp4.")
+    ] = None,
+    tile: Tile = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda with a number.")] = "cpu",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Decode files of codes into pictures and videos."""
+    from plait.tokenizers.files import decode_files
+    from plait.train.progress import progress_bar
+
+    with progress_bar("frames") as advance:
+        written = decode_files(
+            files, out, name, format=format, tile=tile, device=device, overwrite=overwrite, advance=advance
+        )
+    report_files(as_json, name, written)
 
 
 @data.command("pack")
@@ -202,6 +299,12 @@ def data_inspect(
 
     facts, text = inspect(shards, out, tokenizers)
     report(as_json, facts, text)
+
+
+def report_files(as_json: bool, tokenizer: str, written: list[Any]) -> None:
+    """End a command that turned files into files."""
+    lines = [f"wrote {row.file} ({'×'.join(map(str, row.size))}, {row.seconds:.1f} s)" for row in written]
+    report(as_json, {"tokenizer": tokenizer, "files": [vars(row) for row in written]}, "\n".join(lines))
 
 
 def report(as_json: bool, facts: dict[str, Any], text: str) -> None:

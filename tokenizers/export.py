@@ -1,0 +1,169 @@
+"""Write a visual tokenizer as two ONNX models, which any ONNX runtime runs without Python or torch.
+
+Each model is the whole way, quantizer included: pixels → codes and codes → pixels. A clip goes through in one pass, so
+that a model needs no memory of earlier frames. Padding and cropping to multiples of the factor are left to the caller.
+
+The exporter is torch's newer one (``torch.export``): the older tracing one writes down the sizes of its example
+wherever the network reads a shape, and gives wrong models for other sizes without a word.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.export import Dim
+
+from plait.errors import PlaitError
+from plait.tokenizers import quantizer
+from plait.tokenizers.base import FORMAT_VERSION, make_folder, write_file, write_json
+from plait.tokenizers.pixels import PixelTokenizer
+
+# Codes per side of the example that the networks are traced with where sizes stay open. They differ from each other
+# and from 1 and the batch, or the tracer takes them for one number.
+_EXAMPLE = (5, 3)
+_BATCH = 2
+
+
+class PixelsToCodes(nn.Module):
+    """Pixels ``[B, 3, H, W]`` or ``[B, 3, T, H, W]``, float32 → codes int64, without checks and padding."""
+
+    def __init__(self, tokenizer: PixelTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Images ``[B, h, w]``, clips ``[B, t, h, w]``, with the codebook axis at dim 1 if there are several."""
+        still = pixels.ndim == 4
+        # A still is a group of equal frames where the first frame is not coded by itself.
+        video = pixels.unsqueeze(2).expand(-1, -1, self.tokenizer.frames_of(1), -1, -1) if still else pixels
+        codes = self.tokenizer.quantizer.codes(rearrange(self.tokenizer.to_latents(video), "b d t h w -> b t h w d"))
+        codes = codes.movedim(-1, 1) if len(self.tokenizer.codebook_sizes) > 1 else codes
+        return codes.select(-3, 0) if still else codes
+
+
+class CodesToPixels(nn.Module):
+    """Codes → pixels in ``[-1, 1]``: the other way, likewise without checks."""
+
+    def __init__(self, tokenizer: PixelTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """``[B, h, w]`` → ``[B, 3, H, W]``, ``[B, t, h, w]`` → ``[B, 3, T, H, W]``."""
+        several = len(self.tokenizer.codebook_sizes) > 1
+        still = codes.ndim == 3 + several
+        video = codes.unsqueeze(-3) if still else codes
+        z = self.tokenizer.quantizer.latents(video.movedim(1, -1) if several else video)
+        pixels = self.tokenizer.from_latents(rearrange(z, "b t h w d -> b d t h w")).clamp(-1, 1)
+        return pixels.select(2, 0) if still else pixels
+
+
+def export_onnx(
+    tokenizer: PixelTokenizer, folder: str | Path, size: tuple[int, int] | None = None, frames: int | None = None
+) -> dict[str, Any]:
+    """Write ``encoder.onnx``, ``decoder.onnx`` and, last, ``export.json``, which says what they take and give.
+
+    Args:
+        tokenizer: on the CPU; it is left as it is.
+        folder: where to; made if missing.
+        size: (H, W) that the models shall be fixed to; by default any multiples of the factor go in.
+        frames: frames of a clip; None for models of images. The batch is open in any case.
+
+    Returns:
+        what ``export.json`` holds; an axis is a number, or a name if it is open.
+
+    Raises:
+        PlaitError: a size or number of frames that is not whole codes, a network that cannot be exported, or a folder
+            that cannot be written to.
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+    """
+    import onnx
+    import onnxscript  # noqa: F401 (torch's exporter would fail late without it)
+
+    factor, several = tokenizer.factor, len(tokenizer.codebook_sizes) > 1
+    if size is not None and (len(size) != 2 or any(type(n) is not int or n < 1 or n % factor for n in size)):
+        raise PlaitError(f"size: is {'×'.join(map(str, size))}, must be height and width in multiples of {factor}")
+    if frames is not None and (
+        type(frames) is not int or frames < 1 or tokenizer.frames_of(tokenizer.grid_frames_of(frames)) != frames
+    ):
+        fit = ", ".join(str(tokenizer.frames_of(t)) for t in (1, 2, 3))
+        raise PlaitError(f"frames: is {frames!r}, this tokenizer takes whole groups: {fit}, …")
+    folder = Path(folder)
+    make_folder(folder)
+
+    h, w = (n // factor for n in size) if size else _EXAMPLE
+    clip = [] if frames is None else [frames]
+    grid = [len(tokenizer.codebook_sizes)] * several + [tokenizer.grid_frames_of(n) for n in clip]
+    pixels, codes = torch.zeros(_BATCH, 3, *clip, h * factor, w * factor), torch.zeros(_BATCH, *grid, h, w).long()
+    batch, rows, columns = Dim("batch"), Dim("h"), Dim("w")
+    open_pixels: dict[int, Any] = {0: batch}
+    open_codes: dict[int, Any] = {0: batch}
+    if size is None:
+        open_pixels |= {pixels.ndim - 2: factor * rows, pixels.ndim - 1: factor * columns}
+        open_codes |= {codes.ndim - 2: rows, codes.ndim - 1: columns}
+
+    was_training = tokenizer.training
+    tokenizer.eval()
+    try:
+        # The look-up of vectors works in parts, and the model would have as many parts as the example needs.
+        with mock.patch.object(quantizer, "_DISTANCES", sys.maxsize):
+            encoder = _onnx(PixelsToCodes(tokenizer), pixels, open_pixels, "pixels", "codes")
+            decoder = _onnx(CodesToPixels(tokenizer), codes, open_codes, "codes", "pixels")
+    finally:
+        tokenizer.train(was_training)
+    sides = [*size] if size else ["height", "width"]
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "architecture": tokenizer.architecture,
+        "fingerprint": tokenizer.fingerprint,
+        "pixels": {"dtype": "float32", "shape": ["batch", 3, *clip, *sides], "range": [-1, 1], "colours": "RGB"},
+        "codes": {
+            "dtype": "int64",
+            "shape": ["batch", *grid, *([h, w] if size else [f"height / {factor}", f"width / {factor}"])],
+        },
+        "codebook_sizes": tokenizer.codebook_sizes,
+        "factor": factor,
+        "temporal_factor": tokenizer.temporal_factor,
+    }
+    # Whoever finds export.json finds the models it speaks of.
+    (folder / "export.json").unlink(missing_ok=True)
+    write_file(folder / "encoder.onnx", onnx.ModelProto.SerializeToString(encoder))
+    write_file(folder / "decoder.onnx", onnx.ModelProto.SerializeToString(decoder))
+    write_json(folder / "export.json", facts)
+    return facts
+
+
+def _onnx(network: nn.Module, example: Tensor, dynamic: dict[int, Any], takes: str, gives: str) -> Any:
+    """One network as an ONNX model.
+
+    Raises:
+        PlaitError: the network ties an open axis to the example's size.
+    """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's notes to its own developers
+        try:
+            program = torch.export.export(
+                network,
+                (example,),
+                dynamic_shapes=(dynamic,),
+                strict=False,
+                # Else it refuses what it cannot prove, such as that 8.0 · h is a whole number.
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+        except torch._dynamo.exc.UserError as error:
+            reason = str(error).splitlines()[0]
+            raise PlaitError(
+                f"export: this network does not take any {takes} ({reason}); name one size with --size HxW"
+            ) from None
+        exported = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[takes], output_names=[gives])
+    assert exported is not None
+    # The exporter notes for every operation where in which file it was called.
+    ClearMetadataAndDocStringPass()(exported.model)
+    return exported.model_proto

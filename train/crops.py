@@ -1,0 +1,162 @@
+"""Raw samples → what a visual tokenizer trains on: squares of images, and of frames of clips."""
+
+import hashlib
+import random
+import tempfile
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.energon import SkipSample, stateless
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from plait.errors import PlaitError
+from plait.tokenizers.media import read_image, to_pixels
+from plait.tokenizers.video import is_clip, read_video
+from plait.train.documents import member
+from plait.train.loader import SampleEncoder
+from plait.train.recipe import VisualTokenizerRecipe
+from plait.train.shards import read_samples
+
+
+def crop_square(image: Image.Image, side: int) -> Image.Image:
+    """Scale to cover a square of ``side`` pixels and crop its middle."""
+    return image if image.size == (side, side) else ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+
+
+def image_square(sample: dict[str, Any], side: int) -> Tensor | None:
+    """A sample's image as uint8 ``[3, side, side]``; None when it has none.
+
+    Raises:
+        PlaitError: the image is broken.
+    """
+    data = member(sample, "image")
+    return None if data is None else _square(read_image(data, sample["__key__"]), side)
+
+
+def clip_squares(sample: dict[str, Any], side: int, frames: int, fps: float, start: float = 0.0) -> Tensor | None:
+    """Frames of a sample's clip as uint8 ``[3, frames, side, side]``; None when it has none.
+
+    Args:
+        sample: a raw sample; an animated picture is a clip too.
+        side: of the square.
+        frames: how many; a clip that is shorter rests at its end.
+        fps: at which frames are taken; a slower clip keeps its own rate.
+        start: where in what is left over of the clip the first frame lies, in ``[0, 1)``.
+
+    Raises:
+        PlaitError: the clip is broken.
+    """
+    data, key = member(sample, "video") or member(sample, "image"), sample["__key__"]
+    if data is None:
+        return None
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        try:
+            if not is_clip(file.name):
+                return None
+            video = read_video(file.name)
+        except PlaitError as error:
+            raise PlaitError(str(error).replace(file.name, key)) from None
+    stride = max(1.0, video.fps / fps)
+    spare = max(0.0, len(video.frames) - 1 - stride * (frames - 1))
+    first = int(start * (spare + 1))
+    indices = [min(len(video.frames) - 1, first + int(i * stride + 1e-3)) for i in range(frames)]
+    return torch.stack([_square(Image.fromarray(video.frames[i].numpy()), side) for i in indices], 1)
+
+
+def _square(image: Image.Image, side: int) -> Tensor:
+    return ((to_pixels(crop_square(image, side)) + 1) * 127.5).round().to(torch.uint8)
+
+
+class CropEncoder(SampleEncoder):
+    """Raw samples → batches of uint8 pixels, augmented; samples without a readable medium are skipped.
+
+    Every random choice is drawn from the seed, the sample and how often the stream has come by.
+    """
+
+    def __init__(self, recipe: VisualTokenizerRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.broken: set[str] = set()  # what was named already
+
+    @abstractmethod
+    def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
+        """A sample's pixels ``[3, ..., side, side]``, or None."""
+
+    @stateless
+    def encode_sample(self, sample: dict[str, Any]) -> Any:
+        """Decode, crop, mirror, shift."""
+        seed = f"{self.recipe.seed}/{sample['__key__']}/{self.current_sample_index}"
+        draw = random.Random(hashlib.sha256(seed.encode()).digest())
+        try:
+            pixels = self.read(sample, draw)
+        except PlaitError as error:
+            if str(error) not in self.broken:
+                self.broken.add(str(error))
+                print(f"skipped {error}", flush=True)
+            raise SkipSample from None
+        if pixels is None:
+            raise SkipSample
+        if self.recipe.flip and draw.random() < 0.5:
+            pixels = pixels.flip(-1)
+        if shift := self.recipe.shift:
+            left, top = (draw.randint(0, 2 * shift) for _ in range(2))
+            side = pixels.shape[-1]
+            edged = F.pad(pixels.flatten(0, -3).float(), (shift,) * 4, mode="replicate").to(torch.uint8)
+            pixels = edged[:, top : top + side, left : left + side].reshape(pixels.shape)
+        return {**{k: v for k, v in sample.items() if k.startswith("__")}, "pixels": pixels}
+
+    @stateless
+    def batch(self, samples: list[Any]) -> Tensor:
+        """Stack the pixels."""
+        return torch.stack([sample["pixels"] for sample in samples])
+
+
+class ImageEncoder(CropEncoder):
+    """Images, ``[B, 3, side, side]``."""
+
+    def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
+        """The image."""
+        return image_square(sample, self.recipe.image_size)
+
+
+class ClipEncoder(CropEncoder):
+    """Clips, ``[B, 3, T, side, side]``, from anywhere in the recording."""
+
+    def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
+        """Some consecutive frames."""
+        clips = self.recipe.clips
+        return clip_squares(sample, self.recipe.image_size, clips.frames, clips.fps, start=draw.random())
+
+
+def load_heldout(recipe: VisualTokenizerRecipe) -> dict[str, Tensor]:
+    """The held-out ``"images"`` ``[N, 3, side, side]`` and, if there are any, ``"clips"`` ``[N, 3, T, side, side]``.
+
+    uint8. What cannot be read is named and left out.
+
+    Raises:
+        PlaitError: nothing can be read.
+    """
+    side, clips = recipe.image_size, recipe.clips
+    found = {"images": _all(recipe.heldout, lambda sample: image_square(sample, side))}
+    if clips.heldout:
+        found["clips"] = _all(clips.heldout, lambda sample: clip_squares(sample, side, clips.frames, clips.fps))
+    return found
+
+
+def _all(folder: str, read: Any) -> Tensor:
+    crops = []
+    for sample in read_samples(Path(folder)):
+        try:
+            if (pixels := read(sample)) is not None:
+                crops.append(pixels)
+        except PlaitError as error:
+            print(f"skipped {error}", flush=True)
+    if not crops:
+        raise PlaitError(f"{folder}: holds nothing that can be read; there must be something to evaluate on")
+    return torch.stack(crops)
