@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench tiny clean
+.PHONY: demo test lint bench tiny tiny-vision tiny-vision-report clean
 
 demo: $(VENV)/.base            ## what the shipped model does: out/gallery.png
 	$(BIN)/plait demo --out out/
@@ -19,9 +19,17 @@ lint: $(VENV)/.test            ## style, types, import directions
 
 bench: $(VENV)/.test           ## speed beside a peer, in one run
 	$(BIN)/python tests/benchmarks/decoder.py
+	$(BIN)/python tests/benchmarks/emu3.py
+	$(BIN)/python tests/benchmarks/vqgan.py
 
 tiny: $(VENV)/.test            ## train weights/plait-tiny again, from the data on (about an hour on 2 cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/tiny_cpu.sh
+
+tiny-vision: $(VENV)/.test     ## train weights/tiny-vision again, from the data on (an hour and a half on 2 cores)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/tiny_vision.sh
+
+tiny-vision-report: $(VENV)/.test  ## tiny-vision's figures on held-out pictures and clips
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/tiny_vision_report.sh
 
 clean:
 	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis

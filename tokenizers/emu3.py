@@ -8,28 +8,28 @@ Paper: Wang et al., "Emu3: Next-Token Prediction is All You Need", 2024 (arXiv 2
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from plait.errors import PlaitError
 from plait.tokenizers import vqgan
-from plait.tokenizers.blocks import swish
+from plait.tokenizers.blocks import by_frame, swish
 from plait.tokenizers.foreign import Layout, Tensors
 from plait.tokenizers.pixels import Cache, PixelTokenizer, with_past
-from plait.tokenizers.quantizer import QuantizerConfig, build_quantizer
+from plait.tokenizers.quantizer import build_quantizer
 from plait.tokenizers.vqgan import VQGANConfig
 
 # Frames that a causal convolution looks back, whatever its kernel.
 PAST = 2
 
-# Frames that go through the two-dimensional networks at a time.
-AT_ONCE = 1
+# Frames go through the two-dimensional networks in groups of up to this many pixels: a large one by itself, so that
+# what is computed of it stays in a CPU's cache, small ones together.
+PIXELS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ class Encoder(vqgan.Encoder):
         """Frames that repeat the one before, those of a still and of padding, are looked at once."""
         repeats = (pixels[:, :, 1:] == pixels[:, :, :-1]).all(-1).all(-1).all(1).all(0)
         new = F.pad(~repeats, (1, 0), value=True)
-        h = by_frame(super().forward, pixels[:, :, new])[:, :, new.cumsum(0) - 1]
+        at_once = PIXELS_AT_ONCE // pixels[0, 0, 0].numel()
+        h = by_frame(super().forward, pixels[:, :, new], at_once=at_once)[:, :, new.cumsum(0) - 1]
         for conv in self.time_conv:
             h = swish(conv(h, cache))
         for block in self.time_res_stack:
@@ -164,6 +165,7 @@ class Decoder(vqgan.Decoder):
 
     def __init__(self, config: Emu3Config) -> None:
         super().__init__(config.frames)
+        self.factor = config.frames.factor
         self.time_res_stack = nn.ModuleList(TemporalBlock(config.dim) for _ in range(config.blocks))
         self.time_conv = nn.ModuleList(CausalConv(config.dim, (3, 3, 3)) for _ in range(config.halvings))
 
@@ -178,14 +180,8 @@ class Decoder(vqgan.Decoder):
         for conv in self.time_conv:
             h = swish(conv(h.repeat_interleave(2, 2), cache))
         x, z = h[:, :, :frames].chunk(2)
-        return by_frame(super().forward, x, z)
-
-
-def by_frame(network: Callable[..., Tensor], *videos: Tensor) -> Tensor:
-    """Apply a network of pictures ``[N, C, H, W]`` to the frames of videos ``[B, C, T, H, W]``."""
-    frames = [rearrange(video, "b c t h w -> (b t) c h w") for video in videos]
-    parts = zip(*(part.split(AT_ONCE) for part in frames), strict=True)
-    return rearrange(torch.cat([network(*part) for part in parts]), "(b t) c h w -> b c t h w", b=len(videos[0]))
+        at_once = PIXELS_AT_ONCE // (x[0, 0, 0].numel() * self.factor**2)
+        return by_frame(super().forward, x, z, at_once=at_once)
 
 
 class Emu3Tokenizer(PixelTokenizer):
@@ -200,9 +196,7 @@ class Emu3Tokenizer(PixelTokenizer):
         self.config = config = config or Emu3Config()
         self.encoder = Encoder(config)
         self.quant_conv = CausalConv(config.dim, (3, 1, 1))
-        self.quantizer = build_quantizer(
-            QuantizerConfig(kind="vq_ema", codebook_size=config.codebook_size, dim=config.dim)
-        )
+        self.quantizer = build_quantizer(config.frames.quantizer)
         self.post_quant_conv = CausalConv(config.dim, (3, 1, 1))
         self.decoder = Decoder(config)
 
@@ -286,25 +280,21 @@ def _config_of(tensors: Tensors) -> Emu3Config:
     """The configuration of tensors that bear the network's names.
 
     Raises:
-        PlaitError: one that says so is missing.
+        KeyError: one that tells a size is missing.
     """
-
-    def sizes(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise PlaitError(f"checkpoint: tensor {name!r} is missing; not a whole Emu3 tokenizer")
-        return tuple(tensors[name].shape)
 
     def number(pattern: str) -> int:
         return len({found[0] for name in tensors if (found := re.match(pattern, name))})
 
-    width = sizes("encoder.conv_in.weight")[0]
+    width = tensors["encoder.conv_in.weight"].shape[0]
     levels = number(r"encoder\.down\.\d+\.")
-    codebook_size, dim = sizes("quantizer.codebook")
+    codebook_size, dim = tensors["quantizer.codebook"].shape
+    firsts = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
     return Emu3Config(
         codebook_size=codebook_size,
         dim=dim,
         width=width,
-        multipliers=tuple(sizes(f"encoder.down.{i}.block.0.conv1.weight")[0] // width for i in range(levels)),
+        multipliers=tuple(tensors[name].shape[0] // width for name in firsts),
         blocks=number(r"encoder\.time_res_stack\.\d+\."),
         attention_levels=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in tensors),
         temporal_factor=2 ** number(r"encoder\.time_conv\.\d+\."),

@@ -7,7 +7,6 @@ The exporter is torch's newer one (``torch.export``): the older tracing one writ
 wherever the network reads a shape, and gives wrong models for other sizes without a word.
 """
 
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -110,8 +109,7 @@ def export_onnx(
     was_training = tokenizer.training
     tokenizer.eval()
     try:
-        # The look-up of vectors works in parts, and the model would have as many parts as the example needs.
-        with mock.patch.object(quantizer, "_DISTANCES", sys.maxsize):
+        with mock.patch.object(quantizer, "nearest", _nearest):
             encoder = _onnx(PixelsToCodes(tokenizer), pixels, open_pixels, "pixels", "codes")
             decoder = _onnx(CodesToPixels(tokenizer), codes, open_codes, "codes", "pixels")
     finally:
@@ -136,6 +134,23 @@ def export_onnx(
     write_file(folder / "decoder.onnx", onnx.ModelProto.SerializeToString(decoder))
     write_json(folder / "export.json", facts)
     return facts
+
+
+def _nearest(z: Tensor, table: Tensor) -> Tensor:
+    """`plait.tokenizers.quantizer.nearest` in one piece: in a model it would have as many parts as the example needs."""
+    return torch.addmm(table.square().sum(-1), z, table.T, alpha=-2).argmin(-1)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read a height and width, ``480x640``, or the side of a square, ``256``.
+
+    Raises:
+        PlaitError: neither a number nor two.
+    """
+    sides = text.lower().replace("×", "x").split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise PlaitError(f"size: is {text!r}, must be like 480x640 (height x width) or 256 (a square)")
+    return int(sides[0]), int(sides[-1])
 
 
 def _onnx(network: nn.Module, example: Tensor, dynamic: dict[int, Any], takes: str, gives: str) -> Any:

@@ -74,7 +74,7 @@ def _load(path: Path) -> Any:
         from plait.tokenizers.foreign import load_foreign
 
         if (tokenizer := load_foreign(path)) is None:
-            raise PlaitError(f"{path}: holds no tokenizer; expected a config.json written by plait, or a checkpoint")
+            raise PlaitError(f"{path / 'config.json'}: no such file, and no checkpoint of another project is there")
         return tokenizer
     kind = str(config["tokenizer"])
     kind += f"/{config.get('architecture', 'plait')}" if kind == "visual" else ""
@@ -105,8 +105,10 @@ def describe_tokenizers(name: str | Path) -> list[dict[str, Any]]:
         PlaitError: not found or damaged.
     """
     path = find_weights(name)
-    is_many = (path / "vocabulary.json").is_file() or (path / "tokenizers").is_dir() or any(path.glob("*/config.json"))
-    found = load_tokenizers(path) if is_many else {path.name: load_tokenizer(path)}
+    is_single = not (path / "vocabulary.json").is_file() and (
+        path.is_file() or (path / "config.json").is_file() or any(path.glob("*.safetensors*"))
+    )
+    found = {path.name: load_tokenizer(path)} if is_single else load_tokenizers(path)
     return [_describe(key, tokenizer) for key, tokenizer in found.items()]
 
 

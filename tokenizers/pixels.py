@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -511,8 +512,8 @@ def _spans(length: int, tile: int, factor: int) -> list[tuple[slice, slice]]:
         return [(slice(0, length), slice(0, length))]
     step = max(factor, tile * 3 // 4 // factor * factor)
     starts = [*range(0, length - tile, step), length - tile]
-    cuts = [0, *((a + tile + b) // 2 // factor * factor for a, b in zip(starts, starts[1:], strict=False)), length]
-    return [(slice(s, s + tile), slice(a, b)) for s, a, b in zip(starts, cuts, cuts[1:], strict=False)]
+    cuts = [0, *((a + tile + b) // 2 // factor * factor for a, b in pairwise(starts)), length]
+    return [(slice(s, s + tile), slice(a, b)) for s, (a, b) in zip(starts, pairwise(cuts), strict=True)]
 
 
 def _ramp(span: slice, length: int, like: Tensor) -> Tensor:

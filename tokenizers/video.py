@@ -31,7 +31,6 @@ _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 # How browsers show a GIF's frame that has no duration.
 _DEFAULT_MILLISECONDS = 100
 _THREADS = min(4, os.cpu_count() or 1)
-_ATTACHED_PICTURE = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 # Chroma at full resolution and exact rounding (swscale's flags), or colours come out one or two levels darker.
 _SCALING = 0x4 | 0x2000 | 0x40000
 
@@ -372,9 +371,10 @@ def _film(path: Path, head: bytes) -> _Frames:
 
 def _decoded(container: Any, name: str) -> _Frames:
     from av import CodecContext
+    from av.stream import Disposition
 
     # A cover is a video track too.
-    streams = [s for s in container.streams.video if not s.disposition & _ATTACHED_PICTURE]
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         raise PlaitError(f"{name}: has no video track")
     stream = streams[0]

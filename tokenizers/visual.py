@@ -9,7 +9,7 @@ T = 1 + f·k frames become 1 + k latent frames: the first frame is coded by itse
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,6 +91,8 @@ class VisualConfig:
                     f"visual tokenizer: attention at level {level} needs a level of that number (there are "
                     f"{len(self.widths)}) whose width is a multiple of {HEAD}"
                 )
+        for name in ("widths", "attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.quantizer, QuantizerConfig):
             raise PlaitError(f"visual tokenizer: quantizer is {self.quantizer!r}, must be a QuantizerConfig")
 
@@ -111,7 +113,7 @@ def _check_list(name: str, numbers: Any, least: int) -> None:
 
 
 def _blocks(config: VisualConfig, level: int, count: int, latent: int = 0) -> list[nn.Module]:
-    """A level's blocks: each a residual block, then mixing along time and attention where the configuration has them."""
+    """A level's blocks: each a residual block, then mixing along time and attention, where configured."""
     width = config.widths[level]
     layers: list[nn.Module] = []
     for _ in range(count):
@@ -273,18 +275,15 @@ class VisualTokenizer(PixelTokenizer):
         Raises:
             PlaitError: the image tokenizer has another architecture.
         """
-        for mine, its in ((self.encoder, image.encoder), (self.decoder, image.decoder)):
-            pairs = zip(_spatial(mine), _spatial(its), strict=False)
-            same = [a.state_dict().keys() == b.state_dict().keys() for a, b in pairs]
-            if len(_spatial(mine)) != len(_spatial(its)) or not all(same):
-                raise PlaitError("init: the tokenizer has another architecture; only temporal_factor may differ")
-            for a, b in zip(_spatial(mine), _spatial(its), strict=True):
-                try:
-                    a.load_state_dict(b.state_dict())
-                except RuntimeError:
-                    raise PlaitError(
-                        "init: the tokenizer has another architecture; only temporal_factor may differ"
-                    ) from None
+        mine, its = _architecture(self.config), _architecture(image.config)
+        for name in (name for name in mine if mine[name] != its[name]):
+            raise PlaitError(
+                f"init: the tokenizer has another architecture, {name} {its[name]!r} instead of {mine[name]!r}; "
+                "only temporal_factor may differ"
+            )
+        for part, source in ((self.encoder, image.encoder), (self.decoder, image.decoder)):
+            for layer, like in zip(_spatial(part), _spatial(source), strict=True):
+                layer.load_state_dict(like.state_dict())
         self.quantizer.load_state_dict(image.quantizer.state_dict())
         self.__dict__.pop("fingerprint", None)  # of the weights before
 
@@ -296,6 +295,13 @@ class VisualTokenizer(PixelTokenizer):
             raise PlaitError(f"{where}: quantizer is {quantizer!r}, expected an object")
         content["quantizer"] = config_from_json(QuantizerConfig, quantizer, where)
         return config_from_json(VisualConfig, content, where)
+
+
+def _architecture(config: VisualConfig) -> dict[str, Any]:
+    """The settings that two tokenizers must share to have the same layers in space and the same codes."""
+    settings = asdict(config) | {"temporal_factor": None}
+    quantizer = settings.pop("quantizer")
+    return settings | {name: quantizer[name] for name in ("kind", "levels", "codebook_size", "dim", "codebooks")}
 
 
 def _remember(cache: Cache | None, part: nn.Module) -> None:

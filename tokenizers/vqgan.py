@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import PlaitError
-from plait.tokenizers.blocks import GROUPS, Level, Middle, build_norm, by_frame, swish
+from plait.tokenizers.blocks import GROUPS, Level, Middle, build_norm, by_frame, lay_channels_last, swish
 from plait.tokenizers.foreign import Layout, Tensors
 from plait.tokenizers.pixels import Cache, PixelTokenizer
 from plait.tokenizers.quantizer import QuantizerConfig, build_quantizer
@@ -110,6 +110,8 @@ class Encoder(nn.Module):
         self.mid = Middle(config.widths[-1])
         self.norm_out = build_norm(config.widths[-1], None)
         self.conv_out = nn.Conv2d(config.widths[-1], config.z_channels, 3, padding=1)
+        lay_channels_last(self)
+        self.register_load_state_dict_post_hook(lay_channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels → features."""
@@ -132,8 +134,10 @@ class Decoder(nn.Module):
             Level(channels, out, config.blocks + 1, i in config.attention_levels, latent, upsample=i > 0)
             for i, (out, channels) in enumerate(pairwise([*config.widths, config.widths[-1]]))
         )
-        self.norm_out = build_norm(config.width * config.multipliers[0], latent)
-        self.conv_out = nn.Conv2d(config.width * config.multipliers[0], 3, 3, padding=1)
+        self.norm_out = build_norm(config.widths[0], latent)
+        self.conv_out = nn.Conv2d(config.widths[0], 3, 3, padding=1)
+        lay_channels_last(self)
+        self.register_load_state_dict_post_hook(lay_channels_last)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Features, and the quantized latents ``[N, codebook_dim, h, w]`` they came from → pixels."""

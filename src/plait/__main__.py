@@ -199,6 +199,24 @@ def tokenizer_eval(
     report(as_json, facts, text)
 
 
+@tokenizer.command("export")
+def tokenizer_export(
+    name: Annotated[str, typer.Argument(metavar="TOK", help="A tokenizer's or bundle's folder, or a shipped name.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for encoder.onnx, decoder.onnx and export.json.")],
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Fix the models to this size, or to a square; any by default.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Models of clips of so many frames, not of images.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a visual tokenizer as ONNX models: pixels to codes, and codes to pixels."""
+    from plait.tokenizers.export import export_onnx, parse_size
+    from plait.tokenizers.loading import load_tokenizer
+
+    facts = export_onnx(load_tokenizer(name, "image"), out, parse_size(size) if size else None, frames)
+    report(as_json, facts, f"wrote {out}/encoder.onnx, {out}/decoder.onnx and {out}/export.json")
+
+
 @tokenizer.command("encode")
 def tokenizer_encode(
     files: MediaFiles,
@@ -237,7 +255,7 @@ def tokenizer_decode(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Decode files of codes into pictures and videos."""
+    """Decode files of codes into pictures and videos. H.264 has even sides: an odd side of an mp4 grows by a pixel."""
     from plait.tokenizers.files import decode_files
     from plait.train.progress import progress_bar
 
@@ -331,7 +349,8 @@ def main() -> None:
         missing = (error.name or "plait").partition(".")[0]
         if missing == "plait":
             raise
-        message = f"plait: this needs '{missing}'; run: pip install 'plait[train]'"
+        extra = "onnx" if missing.startswith("onnx") else "train"
+        message = f"plait: this needs '{missing}'; run: pip install 'plait[{extra}]'"
     except (KeyboardInterrupt, typer.Abort):
         print("plait: stopped", file=sys.stderr)
         sys.exit(130)

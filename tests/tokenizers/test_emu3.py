@@ -260,7 +260,6 @@ def test_the_released_tensors_are_the_networks(layout: Any) -> None:
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Emu3Tokenizer(config).state_dict().items()}
     assert {name: tensor.shape for name, tensor in layout.rename(tensors, config).items()} == expected
-    assert sum(tensor.numel() for tensor in tensors.values()) // 10**6 == 271
 
 
 def test_the_manifests_are_of_transformers_own_network() -> None:

@@ -139,7 +139,10 @@ def test_one_damaged_tokenizer_is_named(bundle: Path) -> None:
 
 def test_tokenizers_are_described(tokenizers: Path, bundle: Path, visual_tokenizer: Any, text_tokenizer: Any) -> None:
     text = {"name": "text", "kind": "text", "modalities": "text", "codes": "300"}
-    visual = {"name": "visual", "kind": "visual", "modalities": "image video", "codes": "60"}
+    visual = {
+        "name": "visual", "kind": "visual", "modalities": "image video", "codes": "60", "architecture": "plait",
+        "pixels per code": "8×8", "parameters": sum(p.numel() for p in visual_tokenizer.parameters()),
+    }  # fmt: skip
     both = [
         text | {"fingerprint": text_tokenizer.fingerprint[:16]},
         visual | {"fingerprint": visual_tokenizer.fingerprint[:16]},

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageChops
 
 from plait.errors import PlaitError
-from plait.tokenizers.media import contact_sheet, modality_of, read_image, to_image, to_pixels
+from plait.tokenizers.media import contact_sheet, modality_of, read_image, to_image, to_pixels, write_image
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -174,8 +174,47 @@ def test_unreadable_files_are_refused_by_name(tmp_path: Path, name: str, content
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PlaitError, match=r"gone\.png: no such file"):
         read_image(tmp_path / "gone.png")
-    with pytest.raises(PlaitError, match=tmp_path.name):
+    with pytest.raises(PlaitError, match=rf"{tmp_path.name}: cannot be read \(Is a directory\)"):
         read_image(tmp_path)
+    with pytest.raises(PlaitError, match=r"nn: cannot be read \(File name too long\)"):
+        read_image(tmp_path / ("n" * 5000))
+
+
+@pytest.mark.filterwarnings("error")
+def test_pillow_keeps_its_warnings_to_itself() -> None:
+    # The file's own EXIF is nonsense, which does not touch the picture; an animation without its frames does.
+    image = noise(8, 8)
+    assert same(read_image(encoded(image, exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0" + bytes(30))), image)
+    data = encoded(image, save_all=True, append_images=[noise(8, 8, 1)])
+    where = data.index(b"acTL")
+    empty = b"acTL" + struct.pack(">II", 0, 0)
+    broken = data[:where] + empty + struct.pack(">I", zlib.crc32(empty)) + data[where + 16 :]
+    with pytest.raises(PlaitError, match="Invalid APNG"):
+        read_image(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"), [("a.png", "PNG"), ("a.JPG", "JPEG"), ("a.jpeg", "JPEG"), ("a.gif", "GIF")]
+)
+def test_pictures_are_written_as_named(tmp_path: Path, name: str, format: str) -> None:
+    smooth = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
+    write_image(smooth, tmp_path / name)
+    with Image.open(tmp_path / name) as found:
+        assert (found.format, found.size) == (format, (40, 30))
+    difference = ImageChops.difference(read_image(tmp_path / name), smooth)
+    assert max(high for _, high in difference.getextrema()) <= (0 if format == "PNG" else 4)
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_pictures_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlaitError, match=r"a\.bmp: a picture is written as \.png, \.jpg"):
+        write_image(noise(3, 3), tmp_path / "a.bmp")
+    for name in ("a.jpg", "a.webp", "a.gif"):
+        with pytest.raises(PlaitError, match=rf"{name}: cannot hold 70000×1 pixels .* write a \.png"):
+            write_image(Image.new("RGB", (70000, 1)), tmp_path / name)
+    with pytest.raises(PlaitError, match=r"a\.png: cannot be written"):
+        write_image(noise(3, 3), tmp_path / "gone" / "a.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

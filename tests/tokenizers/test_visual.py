@@ -3,6 +3,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from plait.errors import PlaitError
 from plait.tokenizers.base import Codes
+from plait.tokenizers.loading import load_tokenizer
+from plait.tokenizers.quantizer import QuantizerConfig
 from plait.tokenizers.visual import VisualConfig, VisualTokenizer
+
+VQ = QuantizerConfig(kind="vq_ema", codebook_size=32, dim=4)
 
 
 def picture(*shape: int, seed: int = 0) -> Tensor:
@@ -88,9 +93,9 @@ def test_different_pictures_have_different_codes(visual_tokenizer: VisualTokeniz
 
 def test_training_pass_agrees_with_encode_and_decode(visual_tokenizer: VisualTokenizer) -> None:
     pixels = picture(2, 3, 21, 10)
-    reconstruction, codes = visual_tokenizer(pixels)
+    reconstruction, quantized = visual_tokenizer(pixels)
     encoded = visual_tokenizer.encode(pixels)
-    assert torch.equal(codes, encoded.codes)
+    assert torch.equal(quantized.codes[:, 0], encoded.codes)
     torch.testing.assert_close(reconstruction.clamp(-1, 1), visual_tokenizer.decode(encoded))
 
 
@@ -164,7 +169,8 @@ def test_bad_codes_are_refused(visual_tokenizer: VisualTokenizer, codes: Tensor,
 @pytest.mark.parametrize("size", [(8, 16), (17, 16), (16, 8), (16, 17), (0, 0), (-1, 16), (16,), (1, 16, 16), (2, 16)])
 def test_a_size_that_the_grid_cannot_hold_is_refused(visual_tokenizer: VisualTokenizer, size: tuple[int, ...]) -> None:
     codes = torch.zeros(1, 2, 2, dtype=torch.int64)
-    with pytest.raises(PlaitError, match=r"^size: .* does not fit a grid of 2×2 codes"):
+    message = "does not fit a grid of 2×2 codes" if min(size) > 0 else "must be whole numbers"
+    with pytest.raises(PlaitError, match=rf"^size: .* {message}"):
         visual_tokenizer.decode(codes, size=size)
     with pytest.raises(PlaitError, match=r"^size: "):
         visual_tokenizer.decode(Codes(codes, "image", size=size))
@@ -214,12 +220,38 @@ def test_the_fingerprint_is_of_what_makes_codes(visual_tokenizer: VisualTokenize
 
 def test_the_fingerprint_sees_settings_that_leave_the_weights_alone() -> None:
     def with_zero_weights(**settings: Any) -> str:
-        tokenizer = VisualTokenizer(VisualConfig(widths=(4,), encoder_blocks=0, decoder_blocks=0, **settings))
-        for parameter in tokenizer.parameters():
-            nn.init.zeros_(parameter)
+        defaults = {"widths": (4,), "encoder_blocks": 0, "decoder_blocks": 0}
+        tokenizer = VisualTokenizer(VisualConfig(**(defaults | settings)))
+        for tensor in tokenizer.state_dict().values():
+            tensor.zero_()
         return tokenizer.fingerprint
 
-    assert with_zero_weights(levels=(5, 4)) != with_zero_weights(levels=(4, 5))
+    quantizers = [
+        QuantizerConfig(levels=(5, 4)),
+        QuantizerConfig(levels=(4, 5)),
+        QuantizerConfig(kind="lfq", codebook_size=4),
+        QuantizerConfig(kind="bsq", codebook_size=4),
+        QuantizerConfig(kind="vq_ema", codebook_size=8, dim=2),
+        QuantizerConfig(kind="vq_grad", codebook_size=8, dim=2),
+    ]
+    settings = [{"quantizer": quantizer} for quantizer in quantizers]
+    settings += [{"stem": "haar"}, {"temporal_factor": 4}, {"temporal_factor": 2}, {"widths": (4, 4), "patch": 2}]
+    assert len({with_zero_weights(**one) for one in settings}) == len(settings)
+    # What only the decoder or training uses leaves it as it is.
+    same = QuantizerConfig(kind="lfq", codebook_size=4, commitment=1.0, entropy=0.1)
+    assert with_zero_weights(quantizer=same) == with_zero_weights(quantizer=quantizers[2])
+    for decoder in ({"decoder_norm": "spatial"}, {"decoder_blocks": 2}):
+        assert with_zero_weights(**decoder) == with_zero_weights()
+
+
+def test_the_shipped_tokenizer_keeps_its_fingerprint() -> None:
+    # Codes that were stored with it stay valid only as long as this number stays.
+    shipped = load_tokenizer("plait-tiny", "image")
+    assert shipped.fingerprint == "c0c11ba3e50163b2b0b2cbc5c58ff74c249855f163d7e78e0ae4693bd5879ab6"
+    # And as long as the network computes the same: its first version's codes of a picture of waves.
+    rows, columns = torch.arange(64.0)[:, None] / 10, torch.arange(64.0) / 7
+    waves = torch.stack([torch.sin(rows + c) * torch.cos(columns - c) for c in range(3)])[None]
+    assert shipped.encode(waves).codes[0, 0].tolist() == [629, 892, 534, 103, 39, 630, 852, 725]
 
 
 def test_a_better_decoder_still_reads_old_codes(visual_tokenizer: VisualTokenizer) -> None:
@@ -325,28 +357,44 @@ def test_a_damaged_folder_is_refused(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"colour": "blue"}, r"config\.json: unknown field 'colour'; known fields: decoder_blocks"),
+        ({"colour": "blue"}, r"config\.json: unknown field 'colour'; known fields: attention"),
         ({"format_version": 2}, r"config\.json: format_version is 2"),
         ({"format_version": None}, "format_version is None"),
-        ({"tokenizer": "text"}, "not a visual tokenizer"),
-        ({"tokenizer": ["visual"]}, "not a visual tokenizer"),
+        ({"tokenizer": "text"}, "not a plait visual tokenizer"),
+        ({"tokenizer": ["visual"]}, "not a plait visual tokenizer"),
+        ({"architecture": "emu3"}, "not a plait visual tokenizer"),
         ({"fingerprint": "0" * 64}, "do not give the stored fingerprint"),
         ({"fingerprint": None}, "do not give the stored fingerprint"),
-        ({"levels": [4, 5, 3]}, "do not give the stored fingerprint"),
-        ({"levels": [5, 4]}, "has shape"),
+        ({"quantizer": {"levels": [4, 5, 3]}}, "do not give the stored fingerprint"),
+        ({"quantizer": {"levels": [5, 4]}}, "has shape"),
+        ({"quantizer": {"levels": [2, 3]}}, "levels is"),
+        ({"quantizer": {"levels": None}}, "levels is None"),
+        ({"quantizer": {"kind": "vq_ema", "codebook_size": 60, "dim": 3}}, "tensor 'quantizer.codebook' is missing"),
+        ({"quantizer": {"colour": "blue"}}, r"config\.json: unknown field 'colour'"),
+        ({"quantizer": "fsq"}, r"config\.json: quantizer is 'fsq', expected an object"),
+        ({"quantizer": None}, "levels is None"),
+        ({"levels": [5, 4, 3]}, "unknown field 'levels'"),
         ({"encoder_blocks": 2}, "is missing"),
         ({"decoder_blocks": 0}, "do not belong to this config"),
-        ({"temporal_factor": 2}, "temporal_factor is 2"),
+        ({"temporal_factor": 2}, "is missing"),
+        ({"temporal_factor": 3}, "temporal_factor is 3, must be 1, 2, 4 or 8"),
+        ({"temporal_factor": 2.0}, "temporal_factor is 2.0"),
+        ({"temporal_factor": True}, "temporal_factor is True"),
+        ({"stem": "dct"}, "stem is 'dct', must be 'unshuffle' or 'haar'"),
+        ({"stem": "haar"}, "do not give the stored fingerprint"),
+        ({"stem": "haar", "patch": 6}, "patch is 6, the haar stem needs a power of two"),
+        ({"decoder_norm": "batch"}, "decoder_norm is 'batch'"),
+        ({"attention": [0]}, "attention at level 0"),
+        ({"attention": [2]}, "attention at level 2"),
+        ({"attention": [-1]}, "attention is"),
+        ({"attention": None}, "attention is None"),
+        ({"attention": 0}, "attention is 0"),
         ({"patch": 0}, "patch is 0"),
         ({"patch": "4"}, "patch is '4'"),
         ({"patch": 4.0}, "patch is 4.0"),
         ({"widths": []}, "widths is"),
         ({"widths": 8}, "widths is 8"),
         ({"widths": [8.0, 16.0]}, "widths is"),
-        ({"levels": [2, 3]}, "levels is"),
-        ({"levels": ["5", "4", "3"]}, "levels is"),
-        ({"levels": None}, "levels is None"),
-        ({"levels": [5, 4, 10**30]}, "levels"),
         ({"encoder_blocks": -1}, "encoder_blocks is -1"),
         ({"decoder_blocks": True}, "decoder_blocks is True"),
     ],
@@ -370,3 +418,170 @@ def test_every_factor_works(patch: int, widths: tuple[int, ...]) -> None:
     assert tokenizer.factor == factor
     assert encoded.codes.shape == (1, 3, math.ceil(5 / factor))
     assert tokenizer.decode(encoded).shape == (1, 3, 2 * factor + 1, 5)
+
+
+def test_the_first_config_files_still_load(visual_tokenizer: VisualTokenizer, tmp_path: Path) -> None:
+    visual_tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for later in ("quantizer", "architecture", "stem", "attention", "decoder_norm"):
+        config.pop(later)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"levels": [5, 4, 3]}))
+    loaded = VisualTokenizer.from_pretrained(tmp_path)
+    assert loaded.config == visual_tokenizer.config
+    assert loaded.fingerprint == visual_tokenizer.fingerprint
+
+
+# Every architecture
+
+
+def built(seed: int = 0, **config: Any) -> VisualTokenizer:
+    """Untrained, but with no weight at its quiet start."""
+    torch.manual_seed(seed)
+    tokenizer = VisualTokenizer(VisualConfig(**config)).eval().requires_grad_(False)
+    for parameter in tokenizer.parameters():
+        if parameter.ndim > 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return tokenizer
+
+
+SPACE = {4: (4, (32,)), 8: (2, (4, 4, 32)), 16: (4, (4, 4, 32))}
+ARCHITECTURES = [
+    {"patch": SPACE[factor][0], "widths": SPACE[factor][1], "temporal_factor": time, "encoder_blocks": 1,
+     "decoder_blocks": 1, "stem": stem, "decoder_norm": norm, "attention": attention, "quantizer": quantizer}
+    for i, (factor, time, (stem, norm), with_attention) in enumerate(
+        product((4, 8, 16), (1, 2, 4, 8), (("unshuffle", "spatial"), ("haar", "frame")), (False, True))
+    )
+    for attention in [(len(SPACE[factor][1]) - 1,) if with_attention else ()]
+    for quantizer in [(QuantizerConfig(levels=(5, 4, 3)), VQ)[i % 2 ^ i // 4 % 2]]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", ARCHITECTURES, ids=str)
+def test_every_architecture(config: dict[str, Any]) -> None:
+    tokenizer = built(**config)
+    space, time = tokenizer.factor, tokenizer.temporal_factor
+    assert space == config["patch"] * 2 ** (len(config["widths"]) - 1)
+    frames, height, width = time + 3, space + 3, 2 * space - 1
+    video = picture(2, 3, frames, height, width)
+    encoded = tokenizer.encode(video)
+    assert encoded.codes.shape == (2, 1 + math.ceil((frames - 1) / time), 2, 2)
+    assert encoded.codes.max() < tokenizer.codebook_sizes[0]
+    decoded = tokenizer.decode(encoded)
+    assert decoded.shape == video.shape
+
+    def sure(pixels: Tensor) -> Tensor:
+        return tokenizer.quantizer.margin(tokenizer.to_latents(tokenizer._pad(pixels)).movedim(1, -1)) > 1e-5
+
+    # A still is the first frame.
+    still = tokenizer.encode(video[:, :, 0])
+    certain = sure(video[:, :, :1])[:, 0]
+    assert certain.float().mean() > 0.9
+    assert torch.equal(still.codes[certain], encoded.codes[:, 0][certain])
+    torch.testing.assert_close(
+        tokenizer.decode(encoded.codes[:, 0], size=(height, width)), decoded[:, :, 0], atol=1e-5, rtol=0
+    )
+    # Later frames change nothing before them, earlier ones do change what follows them if there is anything along time.
+    groups = [1 if i == 0 else time for i in range(encoded.codes.shape[1])]
+    start = sum(groups[:-1])
+    changed_late = torch.cat([video[:, :, :start], -video[:, :, start:]], 2)
+    late = tokenizer.encode(changed_late).codes
+    assert torch.equal(late[:, :-1], encoded.codes[:, :-1])
+    assert not torch.equal(late[:, -1], encoded.codes[:, -1])
+    moved = encoded.codes.clone()
+    moved[:, -1] = (moved[:, -1] + 7) % tokenizer.codebook_sizes[0]
+    again = tokenizer.decode(moved, size=encoded.size)
+    torch.testing.assert_close(again[:, :, :start], decoded[:, :, :start], atol=1e-6, rtol=0)
+    assert not torch.equal(again[:, :, start:], decoded[:, :, start:])
+    moved = encoded.codes.clone()
+    moved[:, 0] = (moved[:, 0] + 7) % tokenizer.codebook_sizes[0]
+    reached = (tokenizer.decode(moved, size=encoded.size) - decoded).abs().amax((0, 1, 3, 4)) > 1e-6
+    assert reached[0]
+    assert reached[1] == (time > 1)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    config=st.sampled_from(ARCHITECTURES),
+    frames=st.integers(1, 12),
+    height=st.integers(1, 35),
+    width=st.integers(1, 35),
+)
+def test_every_architecture_gives_back_any_size(config: dict[str, Any], frames: int, height: int, width: int) -> None:
+    tokenizer = built(**config)
+    for pixels in (picture(1, 3, frames, height, width), picture(1, 3, height, width)):
+        assert tokenizer.decode(tokenizer.encode(pixels)).shape == pixels.shape
+
+
+def test_training_reaches_every_weight_of_a_video_network() -> None:
+    tokenizer = built(**ARCHITECTURES[5]).requires_grad_(True)
+    video = picture(2, 3, 1 + 2 * tokenizer.temporal_factor, 13, 9)
+    reconstruction, quantized = tokenizer.train()(video)
+    assert reconstruction.shape == video.shape
+    assert quantized.codes.shape == (2, 3, 2, 2) if tokenizer.factor == 8 else (2, 3, 4, 3)
+    reconstruction.square().mean().backward()
+    assert [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# From an image tokenizer to a video tokenizer
+
+
+@pytest.mark.parametrize("time", [2, 4, 8])
+@pytest.mark.parametrize("config", [ARCHITECTURES[0], ARCHITECTURES[3], ARCHITECTURES[18]], ids=str)
+def test_an_inflated_tokenizer_begins_as_the_image_tokenizer(config: dict[str, Any], time: int) -> None:
+    image = built(**(config | {"temporal_factor": 1}))
+    video = VisualTokenizer(replace(image.config, temporal_factor=time)).eval().requires_grad_(False)
+    before = video.fingerprint
+    video.inflate(image)
+    assert video.fingerprint != before
+    still = picture(1, 3, 18, 21)
+    codes, decoded = image.encode(still).codes, image.decode(image.encode(still))
+    latents = image.to_latents(image._pad(still[:, :, None])).movedim(1, -1)[:, 0]
+    sure = image.quantizer.margin(latents) > 1e-5
+    assert torch.equal(video.encode(still).codes[sure], codes[sure])
+    resting = still[:, :, None].expand(-1, -1, 1 + 2 * time, -1, -1)
+    for frame in video.encode(resting).codes.unbind(1):
+        assert torch.equal(frame[sure], codes[sure])
+    for frame in video.decode(codes[:, None].expand(-1, 3, -1, -1), size=(18, 21)).unbind(2):
+        torch.testing.assert_close(frame, decoded, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"widths": (8, 12)}, {"patch": 2}, {"encoder_blocks": 2}, {"decoder_blocks": 0}, {"decoder_norm": "spatial"},
+        {"attention": (1,), "widths": (8, 32)}, {"quantizer": QuantizerConfig(levels=(5, 4))}, {"widths": (8,)},
+        {"quantizer": QuantizerConfig(kind="vq_ema", codebook_size=60, dim=3)}, {"stem": "haar"},
+        {"quantizer": QuantizerConfig(levels=(4, 5, 3))},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_only_a_tokenizer_of_the_same_architecture_inflates(
+    visual_tokenizer: VisualTokenizer, other: dict[str, Any]
+) -> None:
+    video = VisualTokenizer(replace(visual_tokenizer.config, temporal_factor=4, **other))
+    weights = copy.deepcopy(video.state_dict())
+    with pytest.raises(PlaitError, match=r"^init: the tokenizer has another architecture, \w+ .* instead of"):
+        video.inflate(visual_tokenizer)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in video.state_dict().items())
+
+
+def test_settings_of_training_do_not_keep_from_inflating() -> None:
+    image = built(patch=4, widths=(4,), quantizer=QuantizerConfig(levels=(5, 4)))
+    video = built(patch=4, widths=[4], temporal_factor=2, quantizer=QuantizerConfig(levels=[5, 4], entropy=0.1))
+    video.inflate(image)
+    assert video.config.widths == (4,)
+    assert torch.equal(video.encoder.head.weight, image.encoder.head.weight)
+
+
+# Copies and casts
+
+
+def test_a_copy_is_independent(visual_tokenizer: VisualTokenizer) -> None:
+    pixels = picture(1, 3, 16, 16)
+    expected = visual_tokenizer.encode(pixels)
+    twin = copy.deepcopy(visual_tokenizer)
+    assert torch.equal(twin.encode(pixels).codes, expected.codes)
+    with torch.no_grad():
+        twin.encoder.head.bias.add_(1)
+    assert not torch.equal(twin.encode(pixels).codes, expected.codes)
+    assert torch.equal(visual_tokenizer.encode(pixels).codes, expected.codes)

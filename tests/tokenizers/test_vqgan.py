@@ -389,6 +389,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     loaded = VQGANTokenizer.from_pretrained(tmp_path)
     assert loaded.config == TINY
+    weight = loaded.encoder.down[0].block[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(loaded.encode(picture(1, 3, 9, 14)).codes, tokenizer.encode(picture(1, 3, 9, 14)).codes)
 
 
