@@ -141,7 +141,7 @@ class AttentionBlock(nn.Module):
         q, k, v = (rearrange(layer(h), "n c h w -> n 1 (h w) c") for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
         h = rearrange(h, "n 1 (h w) c -> n c h w", h=x.shape[-2])
-        return x + self.proj_out(h)
+        return self.proj_out(h).add_(x)
 
 
 class Downsample(nn.Module):

@@ -188,7 +188,7 @@ def repeat_frames(x: Tensor, times: int, clip: Clip) -> Tensor:
 
 
 def average_frames(x: Tensor, count: int, clip: Clip) -> Tensor:
-    """The mean of each ``count`` frames, the clip's first one by itself: ``[B·(1 + count·k), ...]`` → ``[B·(1 + k), ...]``."""
+    """The mean of each ``count`` frames, the first one by itself: ``[B·(1 + count·k), ...]`` → ``[B·(1 + k), ...]``."""
     h = rearrange(x, "(b t) c h w -> b t c h w", b=clip.batch)
     h = torch.cat([h[:, :1].expand(-1, count - 1, -1, -1, -1), h], 1) if clip.starts else h
     return h.unflatten(1, (-1, count)).mean(2).flatten(0, 1)

@@ -137,7 +137,7 @@ def export_onnx(
 
 
 def _nearest(z: Tensor, table: Tensor) -> Tensor:
-    """`plait.tokenizers.quantizer.nearest` in one piece: in a model it would have as many parts as the example needs."""
+    """`plait.tokenizers.averages.nearest` in one piece: a model would have as many parts as the example needs."""
     return torch.addmm(table.square().sum(-1), z, table.T, alpha=-2).argmin(-1)
 
 
@@ -157,7 +157,7 @@ def _onnx(network: nn.Module, example: Tensor, dynamic: dict[int, Any], takes: s
     """One network as an ONNX model.
 
     Raises:
-        PlaitError: the network ties an open axis to the example's size.
+        PlaitError: torch cannot follow the network, or the network ties an open axis to the example's size.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -172,11 +172,10 @@ def _onnx(network: nn.Module, example: Tensor, dynamic: dict[int, Any], takes: s
                 # Else it refuses what it cannot prove, such as that 8.0 · h is a whole number.
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-        except torch._dynamo.exc.UserError as error:
-            reason = str(error).splitlines()[0]
-            raise PlaitError(
-                f"export: this network does not take any {takes} ({reason}); name one size with --size HxW"
-            ) from None
+        except RuntimeError as error:  # all that torch's exporter raises
+            reason = str(error).strip().splitlines()[0]
+            hint = "name one size with --size HxW" if len(dynamic) > 1 else "report it"
+            raise PlaitError(f"export: torch cannot export this network from {takes} to {gives} ({reason}); {hint}") from None
         exported = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[takes], output_names=[gives])
     assert exported is not None
     # The exporter notes for every operation where in which file it was called.

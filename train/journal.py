@@ -57,6 +57,7 @@ class Journal:
         print(f"step {step:6d}  {seconds:8.1f} s  " + "  ".join(f"{k} {v:.4g}" for k, v in rounded.items()), flush=True)
         for name, value in rounded.items():
             self._tensorboard().add_scalar(name, value, step)
+        self._tensorboard().flush()  # by itself it waits two minutes, and a killed run would lose them
 
     def show(self, step: int, name: str, image: Image.Image) -> None:
         """Send an image to TensorBoard."""

@@ -103,7 +103,7 @@ def flat(plain: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def problems(plain: Any) -> Iterator[tuple[list[str], str]]:
     """What would fail late or silently do nothing: the keys that are to blame, the first of them wrong, and why."""
     for name in ("shards", "tokenizers", "heldout", "out"):
-        if not plain.get(name, name):
+        if not plain.get(name, name) and not (name == "shards" and plain["kind"] == "visual-tokenizer"):
             yield [name], "is empty; name a folder"
     generation, weights = plain.get("generation", {}), plain.get("sequence", {}).get("loss_weights", {})
     for name, modalities in (("generation", generation), ("sequence.loss_weights", weights)):
@@ -137,17 +137,27 @@ def _visual_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
         AdversarialConfig(**plain["adversarial"] | {"discriminator": discriminator})
     except PlaitError as error:
         yield ["adversarial"], f"is wrong: {error}"
+    else:
+        least = 3 * 2**discriminator.layers
+        if plain["adversarial"]["weight"] and plain["image_size"] < least:
+            reason = f"is {plain['image_size']}, expected at least {least} for the discriminator's layers"
+            yield ["image_size", "adversarial"], reason
     if plain["image_size"] % model.factor:
         reason = f"is {plain['image_size']}, expected a multiple of the model's factor, {model.factor}"
         yield ["image_size", "model"], reason
     clips, loss = plain["clips"], plain["loss"]
     if clips["shards"] and (clips["frames"] - 1) % model.temporal_factor:
-        reason = f"is {clips['frames']}, expected 1 + a multiple of the model's temporal factor, {model.temporal_factor}"
+        reason = f"is {clips['frames']}, expected 1 + a multiple of the temporal factor, {model.temporal_factor}"
         yield ["clips.frames", "model"], reason
     if bool(clips["shards"]) and not clips["heldout"]:
         yield ["clips.heldout", "clips.shards"], "is empty; name a folder of clips to evaluate on"
     if not plain["shards"] and not (clips["shards"] and clips["share"] == 1):
         yield ["shards"], "is empty; name folders of images, or train on clips alone with clips.share=1"
+    for key, size in (("batch_size", plain["batch_size"]), ("clips.batch_size", clips["batch_size"])):
+        parts = plain["streams"] * plain["accumulate"]
+        if size % parts and (key == "batch_size" or clips["shards"]):
+            reason = f"is {size}, expected a multiple of streams × accumulate, {parts}"
+            yield [key, "streams", "accumulate"], reason
     if bool(loss["perceptual"]) != bool(loss["network"]):
         yield ["loss.network", "loss.perceptual"], "and loss.perceptual need each other: a network and its weight"
     if loss["ssim"] and plain["image_size"] < 11:

@@ -10,6 +10,9 @@ import contextlib
 import copy
 import hashlib
 import itertools
+import math
+import operator
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +33,7 @@ from plait.tokenizers.perceptual import load_perceptual
 from plait.tokenizers.sheets import clip_sheet, reconstruction_sheet
 from plait.tokenizers.visual import VisualTokenizer
 from plait.train.adversarial import Adversary
-from plait.train.crops import ClipEncoder, ImageEncoder, load_heldout
+from plait.train.crops import ClipEncoder, CropEncoder, ImageEncoder, load_heldout
 from plait.train.discriminator import build_discriminator
 from plait.train.journal import Journal
 from plait.train.loader import batches, open_loader
@@ -39,9 +42,15 @@ from plait.train.processes import gather, join_processes, leave_processes, mean_
 from plait.train.recipe import VisualTokenizerRecipe
 from plait.train.recipe_file import check_resumable
 from plait.train.reconstruction import PIXEL_LOSSES
+from plait.train.shards import read_manifest
 
 # Live codebook figures are over the last so many batches.
 _WINDOW = 100
+# What a tokenizer to start from must share.
+_ARCHITECTURE = (
+    "patch", "stem", "widths", "encoder_blocks", "decoder_blocks", "attention", "decoder_norm", "quantizer.kind",
+    "quantizer.levels", "quantizer.codebook_size", "quantizer.dim", "quantizer.codebooks",
+)  # fmt: skip
 
 
 def train_visual(recipe: VisualTokenizerRecipe) -> Path:
@@ -57,7 +66,7 @@ def train_visual(recipe: VisualTokenizerRecipe) -> Path:
     out = Path(recipe.out)
     if (out / "checkpoint.pt").is_file():
         check_resumable(recipe, out)
-    heldout = load_heldout(recipe)
+    heldout = load_heldout(recipe) if os.environ.get("RANK", "0") == "0" else {}
     rank, world_size, device = join_processes()
     data = Data(recipe, rank, world_size)
     trainer = Trainer(recipe, device)
@@ -99,30 +108,29 @@ class Data:
         world_size: number of processes.
 
     Raises:
-        PlaitError: the shards are missing, or the batches cannot be divided over streams, processes and passes.
+        PlaitError: the shards are missing, or the streams cannot be divided over the processes.
     """
 
     def __init__(self, recipe: VisualTokenizerRecipe, rank: int, world_size: int) -> None:
         self.recipe = recipe
         self.streams = recipe.streams // world_size
         clips = recipe.clips
-        # What a step may take: (share of the steps, folders, encoder, items per step).
         self.share = clips.share if clips.shards else 0.0
-        sources: dict[str, tuple[Any, Any, int]] = {}
+        # What a step may take: folders, encoder, items per step, samples to shuffle among.
+        sources: dict[str, tuple[list[str], CropEncoder, int, int]] = {}
         if self.share < 1:
-            sources["images"] = recipe.shards, ImageEncoder(recipe), recipe.batch_size
+            sources["images"] = recipe.shards, ImageEncoder(recipe), recipe.batch_size, 5000
         if self.share > 0:
-            sources["clips"] = clips.shards, ClipEncoder(recipe), clips.batch_size
+            # The buffer holds whole recordings.
+            sources["clips"] = clips.shards, ClipEncoder(recipe), clips.batch_size, 100
         self.loaders = {}
-        for name, (folders, encoder, size) in sources.items():
-            if size % (recipe.streams * recipe.accumulate):
-                key = "batch_size" if name == "images" else "clips.batch_size"
-                raise PlaitError(
-                    f"{key}: {size} is not a multiple of streams × accumulate ({recipe.streams} × {recipe.accumulate})"
-                )
+        for name, (folders, encoder, size, buffer) in sources.items():
+            # The buffer is full before the first batch comes: with more than there is, that would only take longer.
+            there = sum(row["samples"] for folder in folders for row in read_manifest(Path(folder), "raw")["shards"])
             self.loaders[name] = open_loader(
                 folders, encoder, kind="raw", scratch=Path(recipe.out) / name, batch_size=size // recipe.streams,
-                seed=recipe.seed, streams=recipe.streams, rank=rank, world_size=world_size, shuffle_buffer=5000,
+                seed=recipe.seed, streams=recipe.streams, rank=rank, world_size=world_size,
+                shuffle_buffer=min(buffer, there),
             )  # fmt: skip
         self._iterators: dict[str, Iterator[Tensor]] = {}
 
@@ -196,12 +204,15 @@ class Trainer:
             PlaitError: the loss is no number.
         """
         recipe = self.recipe
+        # What is drawn in a step (a quantizer's dropout) does not depend on the steps before, nor on a resume.
+        torch.manual_seed(recipe.seed + step)
         set_learning_rate(self.optimizer, learning_rate(step - 1, recipe.steps, recipe.optimizer))
         adversary = self.adversary if self.adversary is not None and self.adversary.trains(step) else None
         self.optimizer.zero_grad()
         if adversary:
             self.discriminator_optimizer.zero_grad()
         figures: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        codes: list[Tensor] = []
         # Passes can differ in nothing but their items, so the mean of their gradients is the batch's.
         for i, part in enumerate(passes):
             last = i == len(passes) - 1
@@ -218,8 +229,6 @@ class Trainer:
                     term, more = self.adversary.generator_loss(decoded, step, reconstruction, self.model.last_layer)
                 loss = loss + term
                 logged |= more
-            if not bool(loss.isfinite()):
-                raise PlaitError(f"loss is {loss.item()} at step {step}; lower optimizer.lr or look at the data")
             with _reduce(self.parallel, last):
                 (loss / len(passes)).backward()
             if adversary:
@@ -230,9 +239,15 @@ class Trainer:
                 logged |= more
             for name, value in {"loss": loss, **logged}.items():
                 figures[name] = figures[name] + value.detach() / len(passes)
-            for use, codes in zip(self.use, self._by_codebook(quantized.codes), strict=True):
-                use.update(codes)
+            codes.append(quantized.codes)
         figures["gradient"] = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip or float("inf"))
+        # The gradient is that of all processes: what is wrong on one stops all of them, before it is in the weights.
+        for name, number in zip(figures, torch.stack(list(figures.values())).tolist(), strict=True):
+            if not math.isfinite(number):
+                raise PlaitError(f"{name} is {number} at step {step}; lower optimizer.lr or look at the data")
+        for part in codes:
+            for use, book in zip(self.use, self._by_codebook(part), strict=True):
+                use.update(book)
         self.optimizer.step()
         if adversary:
             self.discriminator_optimizer.step()
@@ -283,7 +298,9 @@ def reconstruction_losses(
     """The weighted terms of a step's reconstruction loss, scalars by name."""
     weights = recipe.loss
     terms = {
-        name: weight * term(decoded, pixels) for name, term in PIXEL_LOSSES.items() if (weight := getattr(weights, name))
+        name: weight * term(decoded, pixels)
+        for name, term in PIXEL_LOSSES.items()
+        if (weight := getattr(weights, name))
     }
     if perceptual is not None and step % weights.perceptual_every == 0:
         frames = [x if x.ndim == 4 else rearrange(x, "b c t h w -> (b t) c h w") for x in (decoded, pixels)]
@@ -309,16 +326,20 @@ def initialise(model: VisualTokenizer, name: str) -> None:
     """Start from another tokenizer's weights.
 
     Raises:
-        PlaitError: it cannot be loaded, or is of another architecture.
+        PlaitError: it cannot be loaded, or is of another architecture; only an image tokenizer may have another
+            temporal factor.
     """
     source = load_tokenizer(name, "image")
     if not isinstance(source, VisualTokenizer):
         raise PlaitError(f"init: {name} is a {source.architecture} tokenizer, expected one of plait's own")
+    still = source.config.temporal_factor == 1
+    # By name, as the tensors fit between some that differ: stems and levels have none.
+    for key in _ARCHITECTURE if still else (*_ARCHITECTURE, "temporal_factor"):
+        its, ours = (operator.attrgetter(key)(config) for config in (source.config, model.config))
+        if its != ours:
+            raise PlaitError(f"init: {name} has {key} {its!r}, the recipe's model {ours!r}; make them the same")
     if source.config.temporal_factor == model.config.temporal_factor:
-        try:
-            model.load_state_dict(source.state_dict())
-        except RuntimeError:
-            raise PlaitError(f"init: {name} has another architecture than the recipe's model") from None
+        model.load_state_dict(source.state_dict())
     else:
         model.inflate(source)
 
@@ -366,8 +387,7 @@ def evaluate(
 def thumbnail(pixels: Tensor, factor: int) -> Tensor:
     """One colour for each code's square, bicubically enlarged: what codes that were unquantized colours would give."""
     frames = pixels if pixels.ndim == 4 else rearrange(pixels, "b c t h w -> (b t) c h w")
-    small = F.interpolate(frames, scale_factor=1 / factor, mode="area")
-    large = F.interpolate(small, size=frames.shape[-2:], mode="bicubic")
+    large = F.interpolate(F.avg_pool2d(frames, factor), size=frames.shape[-2:], mode="bicubic")
     return large if pixels.ndim == 4 else rearrange(large, "(b t) c h w -> b c t h w", b=len(pixels))
 
 
@@ -389,11 +409,21 @@ def check_same_codebooks(model: VisualTokenizer) -> None:
 
 
 def save(path: Path, step: int, trainer: Trainer, data: Data) -> None:
-    """Write a checkpoint whole or not at all; all processes must call this."""
-    state = gather({"data": data.state(), "rng": torch.get_rng_state()})
+    """Write a checkpoint whole or not at all; all processes must call this.
+
+    Raises:
+        PlaitError: the disk is full, or the folder may not be written to.
+    """
+    state = gather({"data": data.state()})
     if state:
-        torch.save({"step": step, "processes": state, **trainer.state()}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        temporary = path.with_suffix(".tmp")
+        try:
+            torch.save({"step": step, "processes": state, **trainer.state()}, temporary)
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # the latter is what torch.save says to a full disk
+            raise PlaitError(f"{path}: cannot be written ({str(error).splitlines()[0]}); make room") from None
+        finally:
+            temporary.unlink(missing_ok=True)
     wait()
 
 
@@ -420,9 +450,7 @@ def restore(path: Path, trainer: Trainer, data: Data, world_size: int) -> int:
             "start as many, or choose another out"
         )
     rank = dist.get_rank() if dist.is_initialized() else 0
-    own = state["processes"][rank]
-    data.restore(own["data"])
-    torch.set_rng_state(own["rng"])
+    data.restore(state["processes"][rank]["data"])
     return int(state["step"])
 
 

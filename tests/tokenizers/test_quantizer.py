@@ -17,14 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from vector_quantize_pytorch import FSQ, LFQ, ResidualVQ, SimVQ, VectorQuantize
 
 from plait.errors import PlaitError
+from plait.tokenizers.averages import k_means, nearest
 from plait.tokenizers.quantizer import (
     FiniteScalarQuantizer,
     NearestCodebook,
     Quantizer,
     QuantizerConfig,
     build_quantizer,
-    k_means,
-    nearest,
 )
 
 # Finite scalar quantization
@@ -457,7 +456,7 @@ def test_the_first_of_equals_and_any_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     z = torch.randn(500, 4)
     whole = nearest(z, table)
     assert whole.max() < 10
-    monkeypatch.setattr("plait.tokenizers.quantizer._DISTANCES", 210)
+    monkeypatch.setattr("plait.tokenizers.averages.DISTANCES", 210)
     assert torch.equal(nearest(z, table), whole)
 
 
