@@ -45,7 +45,8 @@ def text_tokenizer() -> TextTokenizer:
 def visual_tokenizer() -> VisualTokenizer:
     """Untrained, 8× down, 60 codes."""
     torch.manual_seed(0)
-    config = VisualConfig(patch=4, widths=(8, 16), encoder_blocks=1, decoder_blocks=1, quantizer=QuantizerConfig(levels=(5, 4, 3)))
+    levels = QuantizerConfig(levels=(5, 4, 3))
+    config = VisualConfig(patch=4, widths=(8, 16), encoder_blocks=1, decoder_blocks=1, quantizer=levels)
     return VisualTokenizer(config).eval().requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ Paper: Wang et al., "Emu3: Next-Token Prediction is All You Need", 2024 (arXiv 2
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -149,15 +150,24 @@ class Encoder(vqgan.Encoder):
 
     def forward(self, pixels: Tensor, cache: Cache | None = None) -> Tensor:
         """Frames that repeat the one before, those of a still and of padding, are looked at once."""
-        repeats = (pixels[:, :, 1:] == pixels[:, :, :-1]).all(-1).all(-1).all(1).all(0)
-        new = F.pad(~repeats, (1, 0), value=True)
+        new, which = _distinct(pixels)
         at_once = PIXELS_AT_ONCE // pixels[0, 0, 0].numel()
-        h = by_frame(super().forward, pixels[:, :, new], at_once=at_once)[:, :, new.cumsum(0) - 1]
+        h = by_frame(super().forward, pixels[:, :, new], at_once=at_once)[:, :, which]
         for conv in self.time_conv:
             h = swish(conv(h, cache))
         for block in self.time_res_stack:
             h = block(h, cache)
         return h
+
+
+def _distinct(video: Tensor) -> tuple[list[int], list[int]]:
+    """The frames of ``[B, C, T, H, W]`` that differ from the one before, and for every frame which of these it is."""
+    frames = list(range(video.shape[2]))
+    if torch.compiler.is_compiling():  # what is compiled or exported cannot depend on pixels
+        return frames, frames
+    differ = (video[:, :, 1:] != video[:, :, :-1]).any(-1).any(-1).any(1).any(0).tolist()
+    new = [t for t in frames if t == 0 or differ[t - 1]]
+    return new, [bisect_right(new, t) - 1 for t in frames]
 
 
 class Decoder(vqgan.Decoder):

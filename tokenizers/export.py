@@ -8,6 +8,7 @@ wherever the network reads a shape, and gives wrong models for other sizes witho
 """
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -68,7 +69,7 @@ def export_onnx(
     """Write ``encoder.onnx``, ``decoder.onnx`` and, last, ``export.json``, which says what they take and give.
 
     Args:
-        tokenizer: on the CPU; it is left as it is.
+        tokenizer: it is left as it is.
         folder: where to; made if missing.
         size: (H, W) that the models shall be fixed to; by default any multiples of the factor go in.
         frames: frames of a clip; None for models of images. The batch is open in any case.
@@ -81,7 +82,6 @@ def export_onnx(
             that cannot be written to.
         ModuleNotFoundError: onnx or onnxscript is not installed.
     """
-    import onnx
     import onnxscript  # noqa: F401 (torch's exporter would fail late without it)
 
     factor, several = tokenizer.factor, len(tokenizer.codebook_sizes) > 1
@@ -98,7 +98,8 @@ def export_onnx(
     h, w = (n // factor for n in size) if size else _EXAMPLE
     clip = [] if frames is None else [frames]
     grid = [len(tokenizer.codebook_sizes)] * several + [tokenizer.grid_frames_of(n) for n in clip]
-    pixels, codes = torch.zeros(_BATCH, 3, *clip, h * factor, w * factor), torch.zeros(_BATCH, *grid, h, w).long()
+    pixels = torch.zeros(_BATCH, 3, *clip, h * factor, w * factor, device=tokenizer.device)
+    codes = torch.zeros(_BATCH, *grid, h, w, dtype=torch.int64, device=tokenizer.device)
     batch, rows, columns = Dim("batch"), Dim("h"), Dim("w")
     open_pixels: dict[int, Any] = {0: batch}
     open_codes: dict[int, Any] = {0: batch}
@@ -129,9 +130,10 @@ def export_onnx(
         "temporal_factor": tokenizer.temporal_factor,
     }
     # Whoever finds export.json finds the models it speaks of.
-    (folder / "export.json").unlink(missing_ok=True)
-    write_file(folder / "encoder.onnx", onnx.ModelProto.SerializeToString(encoder))
-    write_file(folder / "decoder.onnx", onnx.ModelProto.SerializeToString(decoder))
+    with suppress(OSError):  # writing will say it
+        (folder / "export.json").unlink()
+    write_file(folder / "encoder.onnx", encoder)
+    write_file(folder / "decoder.onnx", decoder)
     write_json(folder / "export.json", facts)
     return facts
 
@@ -153,7 +155,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def _onnx(network: nn.Module, example: Tensor, dynamic: dict[int, Any], takes: str, gives: str) -> Any:
+def _onnx(network: nn.Module, example: Tensor, dynamic: dict[int, Any], takes: str, gives: str) -> bytes:
     """One network as an ONNX model.
 
     Raises:
@@ -175,9 +177,11 @@ def _onnx(network: nn.Module, example: Tensor, dynamic: dict[int, Any], takes: s
         except RuntimeError as error:  # all that torch's exporter raises
             reason = str(error).strip().splitlines()[0]
             hint = "name one size with --size HxW" if len(dynamic) > 1 else "report it"
-            raise PlaitError(f"export: torch cannot export this network from {takes} to {gives} ({reason}); {hint}") from None
+            raise PlaitError(
+                f"export: torch cannot export this network from {takes} to {gives} ({reason}); {hint}"
+            ) from None
         exported = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[takes], output_names=[gives])
     assert exported is not None
     # The exporter notes for every operation where in which file it was called.
     ClearMetadataAndDocStringPass()(exported.model)
-    return exported.model_proto
+    return bytes(exported.model_proto.SerializeToString())

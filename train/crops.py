@@ -5,11 +5,12 @@ import random
 import tempfile
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from megatron.energon import SkipSample, stateless
+from megatron.energon import SkipSample, WorkerConfig, stateless
+from megatron.energon.errors import FatalSampleError
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from plait.train.documents import member
 from plait.train.loader import SampleEncoder
 from plait.train.recipe import VisualTokenizerRecipe
 from plait.train.shards import read_samples
+
+# So many samples in a row without a medium that can be read mean that there is none.
+_HOPELESS = 1000
 
 
 def crop_square(image: Image.Image, side: int) -> Image.Image:
@@ -79,10 +83,13 @@ class CropEncoder(SampleEncoder):
     Every random choice is drawn from the seed, the sample and how often the stream has come by.
     """
 
+    medium: ClassVar[str]
+
     def __init__(self, recipe: VisualTokenizerRecipe) -> None:
         super().__init__()
         self.recipe = recipe
         self.broken: set[str] = set()  # what was named already
+        self.skipped_in_a_row = 0
 
     @abstractmethod
     def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
@@ -90,8 +97,15 @@ class CropEncoder(SampleEncoder):
 
     @stateless
     def encode_sample(self, sample: dict[str, Any]) -> Any:
-        """Decode, crop, mirror, shift."""
-        seed = f"{self.recipe.seed}/{sample['__key__']}/{self.current_sample_index}"
+        """Decode, crop, mirror, shift.
+
+        Raises:
+            FatalSampleError: nothing could be read for so long that there seems to be nothing.
+        """
+        worker = WorkerConfig.active_worker_config
+        # Counted within the logical worker, so that it does not depend on the number of processes.
+        turn = self.current_sample_index // max(1, worker.num_workers if worker else 1)
+        seed = f"{self.recipe.seed}/{sample['__key__']}/{turn}"
         draw = random.Random(hashlib.sha256(seed.encode()).digest())
         try:
             pixels = self.read(sample, draw)
@@ -99,9 +113,13 @@ class CropEncoder(SampleEncoder):
             if str(error) not in self.broken:
                 self.broken.add(str(error))
                 print(f"skipped {error}", flush=True)
-            raise SkipSample from None
+            pixels = None
         if pixels is None:
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == _HOPELESS:
+                raise FatalSampleError(f"shards: {_HOPELESS} samples in a row hold no {self.medium} that can be read")
             raise SkipSample
+        self.skipped_in_a_row = 0
         if self.recipe.flip and draw.random() < 0.5:
             pixels = pixels.flip(-1)
         if shift := self.recipe.shift:
@@ -120,6 +138,8 @@ class CropEncoder(SampleEncoder):
 class ImageEncoder(CropEncoder):
     """Images, ``[B, 3, side, side]``."""
 
+    medium = "image"
+
     def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
         """The image."""
         return image_square(sample, self.recipe.image_size)
@@ -127,6 +147,8 @@ class ImageEncoder(CropEncoder):
 
 class ClipEncoder(CropEncoder):
     """Clips, ``[B, 3, T, side, side]``, from anywhere in the recording."""
+
+    medium = "clip"
 
     def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
         """Some consecutive frames."""

@@ -79,7 +79,7 @@ def open_loader(
         rank: of this process.
         world_size: number of processes.
         packing_buffer: documents that the packer may choose from; None when the encoder does not pack.
-        shuffle_buffer: samples that are held to be shuffled.
+        shuffle_buffer: samples that are held to be shuffled, all of them if there are fewer.
 
     Raises:
         PlaitError: a folder is missing or incomplete, or the streams cannot be divided.
@@ -91,6 +91,7 @@ def open_loader(
     manifests = [read_manifest(Path(folder), kind) for folder in folders]
     if not manifests:
         raise PlaitError("shards: names no folder")
+    samples = sum(row["samples"] for manifest in manifests for row in manifest["shards"])
     scratch.mkdir(parents=True, exist_ok=True)
     mixture = scratch / f"mixture-{rank}.yaml"
     blend = [
@@ -110,7 +111,7 @@ def open_loader(
         ),
         batch_size=batch_size,
         packing_buffer_size=packing_buffer,
-        shuffle_buffer_size=shuffle_buffer,
+        shuffle_buffer_size=min(shuffle_buffer, samples),
         max_samples_per_sequence=100,
         task_encoder=encoder,
     )

@@ -57,7 +57,11 @@ def draw(folder: Path, out: Path, style: str, keep: set[str] | None) -> list[dic
     icons = json.loads((folder / "icons.json").read_text("utf-8"))
     rows = []
     for name, icon in sorted(icons["icons"].items()):
-        if (plain(name) not in keep) if keep is not None else (style == "fluent-color" and not re.search("48|32", name)):
+        if (
+            (plain(name) not in keep)
+            if keep is not None
+            else (style == "fluent-color" and not re.search("48|32", name))
+        ):
             continue
         width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
         path = out / style / f"{name}.png"

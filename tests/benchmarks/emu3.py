@@ -8,7 +8,7 @@ Nothing is asserted. The released network has width 256, and takes minutes on a 
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -24,20 +24,25 @@ def both(width: int, device: str) -> tuple[PixelTokenizer, Emu3VQVAE]:
     """Our tokenizer and transformers', of the released structure, with the same weights."""
     torch.manual_seed(0)
     theirs = Emu3VQVAE(Emu3VQVAEConfig(base_channels=width, hidden_size=4 * width)).eval().requires_grad_(False)
+    theirs.decoder.conv_out.weight.mul_(0.03)  # to pixels between -1 and 1, where most outputs would be clamped
     return convert(theirs.state_dict(), {}, LAYOUTS[1], "transformers").to(device), theirs.to(device)
 
 
-def seconds(runs: list[Callable[[], object]], repeats: int, device: str) -> list[float]:
-    """The least time of each call; they take turns, so that a busy machine slows all of them alike."""
-    least = [float("inf")] * len(runs)
-    for turn in range(repeats + 1):
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
+def seconds(runs: Sequence[Callable[[], object]], repeats: int, device: str) -> list[float]:
+    """The least time of each call after one to warm up; they take turns, so that a busy machine slows all alike.
+
+    On a CPU it is the processor's time for this process, in which other programs have a smaller share.
+    """
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats + 1):
+        for run, taken in zip(runs, times, strict=True):
+            start = clock()
             run()
             if device != "cpu":
                 torch.cuda.synchronize()
-            least[i] = min(least[i], time.perf_counter() - start) if turn else float("inf")
-    return least
+            taken.append(clock() - start)
+    return [min(taken[1:]) for taken in times]
 
 
 @torch.no_grad()
@@ -68,7 +73,7 @@ def main() -> None:
     for name, pixels in (("still", still), (f"{args.frames} frames", video)):
         codes = ours.encode(pixels)
         apart = f"codes {int((codes.codes[0] != encode_theirs(pixels)).sum())} of {codes.codes.numel()} differ"
-        runs = [partial(ours.encode, pixels), partial(encode_theirs, pixels)]
+        runs: list[Callable[[], object]] = [partial(ours.encode, pixels), partial(encode_theirs, pixels)]
         report(f"encode {name}", seconds(runs, args.repeats, args.device), apart)
         apart = f"pixels {float((ours.decode(codes) - decode_theirs(codes.codes[0]).clamp(-1, 1)).abs().max()):.1e}"
         runs = [partial(ours.decode, codes), partial(decode_theirs, codes.codes[0])]

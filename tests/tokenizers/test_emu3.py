@@ -16,6 +16,7 @@ from transformers import Emu3VQVAE, Emu3VQVAEConfig
 from plait.errors import PlaitError
 from plait.tokenizers.emu3 import LAYOUTS, Emu3Config, Emu3Tokenizer
 from plait.tokenizers.foreign import convert, load_foreign
+from plait.tokenizers.pixels import Cache
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"
 ORIGINAL, TRANSFORMERS = LAYOUTS
@@ -144,11 +145,13 @@ def test_frames_that_differ_in_one_video_of_a_batch_are_all_looked_at(tokenizer:
 def test_chunked_passes_are_one_pass(tokenizer: Emu3Tokenizer, plan: tuple[int, ...]) -> None:
     pixels = picture(1, 3, 16, 6, 10)
     with torch.no_grad():
-        z, cache = tokenizer.to_latents(pixels), {}
+        z = tokenizer.to_latents(pixels)
+        cache: Cache = {}
         chunks = [tokenizer.to_latents(part, cache) for part in pixels.split(plan, 2)]
         torch.testing.assert_close(torch.cat(chunks, 2), z, rtol=0, atol=5e-5)
         quantized = tokenizer.quantizer.latents(tokenizer.quantizer.codes(z.movedim(1, -1))).movedim(-1, 1)
-        whole, cache = tokenizer.from_latents(quantized), {}
+        whole = tokenizer.from_latents(quantized)
+        cache = {}
         chunks = [tokenizer.from_latents(part, cache) for part in quantized.split([n // 4 for n in plan], 2)]
         torch.testing.assert_close(torch.cat(chunks, 2), whole, rtol=0, atol=5e-5)
         # What is remembered does not grow.

@@ -1,9 +1,12 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from plait.errors import PlaitError
 from plait.train.journal import Journal
@@ -66,6 +69,29 @@ def test_seconds_go_on_after_a_resume(tmp_path: Path) -> None:
     second.rewind(1)
     second.log(2, loss=1.0)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["seconds"] >= 100
+
+
+def scalars(out: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_tensorboard_shows_a_resumed_step_once(tmp_path: Path) -> None:
+    first = Journal(tmp_path, RECIPE)
+    for step in (1, 2, 3, 4):
+        first.log(step, loss=step / 2)
+    first.show(2, "sheet", Image.new("RGB", (4, 3), "red"))
+    # Readable at once: a run that is killed loses nothing.
+    assert scalars(tmp_path, "loss") == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
+    time.sleep(1.1)  # TensorBoard reads its files by the second that they were begun in
+    second = Journal(tmp_path, RECIPE)
+    second.rewind(2)
+    second.log(3, loss=8.0)
+    assert scalars(tmp_path, "loss") == [(1, 0.5), (2, 1.0), (3, 8.0)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("sheet")] == [2]
 
 
 def test_one_run_keeps_others_out(tmp_path: Path) -> None:

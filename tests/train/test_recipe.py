@@ -1,16 +1,19 @@
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import plait.launch
 from plait.errors import PlaitError
-from plait.train.recipe import DecoderRecipe, VisualTokenizerRecipe
+from plait.train.recipe import DecoderRecipe, TextTokenizerRecipe, VisualTokenizerRecipe
 from plait.train.recipe_check import RANGES, flat
 from plait.train.recipe_file import check_resumable, load_recipe, save_recipe
 
 BASE = "kind: decoder\nshards: [a]\ntokenizers: t\nout: o\n"
+VISUAL = "kind: visual-tokenizer\nshards: [a]\nheldout: h\nout: o\n"
 SHIPPED = sorted(
     str(path.relative_to(folder).with_suffix(""))
     for folder in (Path(root) / "recipes" for root in plait.launch.__path__)
@@ -70,10 +73,11 @@ def test_the_last_override_wins(tmp_path: Path) -> None:
 
 
 def test_visual_levels_are_a_tuple(tmp_path: Path) -> None:
-    text = "kind: visual-tokenizer\nshards: [a]\nheldout: h\nout: o\nmodel: {levels: [3, 3]}\n"
-    recipe = load(tmp_path, text, "model.widths=[8]", kinds=("visual-tokenizer",))
+    recipe = load(
+        tmp_path, VISUAL + "model: {quantizer: {levels: [3, 3]}}\n", "model.widths=[8]", kinds=("visual-tokenizer",)
+    )
     assert isinstance(recipe, VisualTokenizerRecipe)
-    assert recipe.model.levels == (3, 3)
+    assert recipe.model.quantizer.levels == (3, 3)
     assert recipe.model.widths == (8,)
 
 
@@ -163,9 +167,6 @@ def test_invalid_value_names_the_field(override: str, field: str, tmp_path: Path
     assert field in refusal(tmp_path, BASE, override)
 
 
-VISUAL = "kind: visual-tokenizer\nshards: [a]\nheldout: h\nout: o\n"
-
-
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
@@ -201,17 +202,96 @@ def test_the_command_line_is_blamed_for_its_values(override: str, reason: str, t
 
 
 @pytest.mark.parametrize(
-    "override", ["l1=-1", "l2=-1", "log_l2=nan", "log_l2=-1", "ema=1", "image_size=30", "log_every=0"]
+    ("override", "reason"),
+    [
+        ("loss.l1=-1", "loss.l1 is -1.0, expected a number in [0, inf)"),
+        ("loss.log_l2=nan", "loss.log_l2 is nan"),
+        ("loss.perceptual_every=0", "loss.perceptual_every is 0"),
+        ("loss.perceptual=1", "loss.network and loss.perceptual need each other"),
+        ("loss.network=vgg16.pth", "loss.network and loss.perceptual need each other"),
+        ("ema=1", "ema is 1.0, expected a number in [0, 1)"),
+        ("log_every=0", "log_every is 0"),
+        ("accumulate=0", "accumulate is 0"),
+        ("shift=-1", "shift is -1"),
+        ("discriminator_lr=0", "discriminator_lr is 0.0"),
+        ("precision=float16", "precision is 'float16', expected 'float32' or 'bfloat16'"),
+        ("store=int8", "store is 'int8'"),
+        ("heldout=''", "heldout is empty"),
+        ("shards=[]", "shards is empty; name folders of images, or train on clips alone with clips.share=1"),
+        ("image_size=0", "image_size is 0"),
+        ("image_size=30", "image_size is 30, expected a multiple of the model's factor, 8"),
+        ("{image_size: 8, loss: {ssim: 1}}", "image_size is below 11, the window of loss.ssim"),
+        ("batch_size=9", "batch_size is 9, expected a multiple of streams × accumulate, 2"),
+        ("accumulate=32", "batch_size is 32, expected a multiple of streams × accumulate, 64"),
+        ("model.patch=0", "model.patch is 0"),
+        ("model.stem=wavelet", "model is wrong: visual tokenizer: stem is 'wavelet'"),
+        ("model.temporal_factor=3", "model is wrong: visual tokenizer: temporal_factor is 3"),
+        ("model.attention=[5]", "model is wrong: visual tokenizer: attention at level 5"),
+        ("model.quantizer.kind=vqvae", "model.quantizer is wrong: quantizer: kind is 'vqvae', must be one of fsq"),
+        ("model.quantizer.kind=vq_ema", "model.quantizer is wrong: quantizer: codebook_size is 0"),
+        ("model.quantizer.levels=[2]", "model.quantizer.levels is (2,)"),
+        ("model.quantizer.dropout=0.5", "model.quantizer is wrong: quantizer: dropout is 0.5"),
+        ("model.quantizer.entropy_temperature=0", "model.quantizer.entropy_temperature is 0.0"),
+        ("adversarial.weight=-1", "adversarial.weight is -1.0"),
+        ("adversarial.loss=wgan", "adversarial is wrong: adversarial: loss is 'wgan'"),
+        ("adversarial.start_discriminator=5", "adversarial is wrong: adversarial: start_generator (1) is before"),
+        ("adversarial.discriminator.kind=patch4d", "adversarial is wrong: discriminator: kind is 'patch4d'"),
+        ("adversarial.discriminator.width=12", "adversarial is wrong: discriminator: width is 12"),
+        ("{image_size: 16, adversarial: {weight: 0.1}}", "image_size is 16, expected at least 24"),
+        ("clips.share=1.5", "clips.share is 1.5, expected a number in [0, 1]"),
+        ("clips.fps=0", "clips.fps is 0.0"),
+        ("clips.frames=0", "clips.frames is 0"),
+        ("clips.shards=[c]", "clips.heldout is empty"),
+        ("{clips: {shards: [c], heldout: h, batch_size: 5}}", "clips.batch_size is 5, expected a multiple"),
+        (
+            "{clips: {shards: [c], heldout: h, frames: 8}, model: {temporal_factor: 4}}",
+            "clips.frames is 8, expected 1 + a multiple of the temporal factor, 4",
+        ),
+        ("{clips: {shards: [c], heldout: h}, shards: []}", "shards is empty"),
+    ],
 )
-def test_visual_values_are_checked(override: str, tmp_path: Path) -> None:
+def test_visual_values_are_checked(override: str, reason: str, tmp_path: Path) -> None:
     load(tmp_path, VISUAL, kinds=("visual-tokenizer",))
-    with pytest.raises(PlaitError, match=f"command line: {override.partition('=')[0]} is "):
-        load(tmp_path, VISUAL, override, kinds=("visual-tokenizer",))
+    # Several keys at once as a file, one key both ways.
+    overrides = [] if override.startswith("{") else [override]
+    text = yaml.safe_dump({**yaml.safe_load(VISUAL), **({} if overrides else yaml.safe_load(override))})
+    with pytest.raises(PlaitError) as caught:
+        load(tmp_path, text, *overrides, kinds=("visual-tokenizer",))
+    assert str(caught.value).startswith(f"{'command line' if overrides else tmp_path / 'recipe.yaml'}: {reason}")
+    assert "\n" not in str(caught.value)
+
+
+def test_clips_alone_need_no_images(tmp_path: Path) -> None:
+    clips = "clips.shards=[c]", "clips.heldout=h", "clips.share=1", "shards=[]"
+    assert load(tmp_path, VISUAL, *clips, kinds=("visual-tokenizer",)).shards == []
+
+
+def test_frames_and_batches_of_clips_do_not_matter_without_any(tmp_path: Path) -> None:
+    overrides = "clips.frames=8", "clips.batch_size=5", "model.temporal_factor=4"
+    assert load(tmp_path, VISUAL, *overrides, kinds=("visual-tokenizer",)).clips.frames == 8
+
+
+def test_a_shipped_recipe_s_init_has_its_architecture() -> None:
+    recipes = [recipe for recipe in map(load_recipe, SHIPPED) if isinstance(recipe, VisualTokenizerRecipe)]
+    by_tokenizer = {f"{recipe.out}/tokenizer": recipe for recipe in recipes}
+    for recipe in recipes:
+        if recipe.init:
+            mine, its = (dict(flat(asdict(r.model))) for r in (recipe, by_tokenizer[recipe.init]))
+            trained = [f"quantizer.{k}" for k in ("decay", "dead_code", "commitment", "dropout")]
+            trained += [key for key in mine if key.startswith("quantizer.entropy")]
+            assert {key for key in mine if mine[key] != its[key]} <= {"temporal_factor", *trained}
 
 
 def test_the_file_is_blamed_for_its_values(tmp_path: Path) -> None:
     message = refusal(tmp_path, BASE + "z_loss: -1\n", "optimizer.lr=0.1")
     assert message.startswith(f"{tmp_path / 'recipe.yaml'}: z_loss is -1.0")
+
+
+def _names(kind: Any, prefix: str = "") -> Iterator[str]:
+    for field in fields(kind):
+        yield f"{prefix}{field.name}"
+        if is_dataclass(field.type):
+            yield from _names(field.type, f"{prefix}{field.name}.")
 
 
 def test_every_number_has_a_range() -> None:
@@ -222,6 +302,9 @@ def test_every_number_has_a_range() -> None:
         if isinstance(value, (int, float, tuple)) and not isinstance(value, bool) and not key.startswith("generation.")
     }
     assert {key for key in numbers if key not in RANGES} == {"sequence.loss_weights.text"}
+    # And no range is of a key that there no longer is: a new name would go unchecked.
+    keys = {key for kind in (TextTokenizerRecipe, VisualTokenizerRecipe, DecoderRecipe) for key in _names(kind)}
+    assert set(RANGES) <= keys
 
 
 def test_a_run_goes_on_with_its_recipe_only(tmp_path: Path) -> None:
