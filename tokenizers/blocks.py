@@ -46,9 +46,13 @@ def by_frame(network: Callable[..., Tensor], *videos: Tensor, at_once: int = 1) 
     Returns:
         ``[B, C', T, H', W']``.
     """
-    frames = [rearrange(video, "b c t h w -> (b t) c h w").split(max(1, at_once)) for video in videos]
-    pictures = torch.cat([network(*parts) for parts in zip(*frames, strict=True)])
-    return rearrange(pictures, "(b t) c h w -> b c t h w", b=len(videos[0]))
+    frames = [rearrange(video, "b c t h w -> (b t) c h w") for video in videos]
+    if torch.compiler.is_exporting():  # an exported model would have as many parts as its example
+        pictures = network(*frames)
+    else:
+        parts = zip(*(part.split(max(1, at_once)) for part in frames), strict=True)
+        pictures = torch.cat([network(*part) for part in parts])
+    return rearrange(pictures, "(b t) c h w -> b c t h w", b=videos[0].shape[0])
 
 
 def build_norm(channels: int, latent: int | None) -> "GroupNorm | SpatialNorm":

@@ -163,7 +163,7 @@ class Encoder(vqgan.Encoder):
 def _distinct(video: Tensor) -> tuple[list[int], list[int]]:
     """The frames of ``[B, C, T, H, W]`` that differ from the one before, and for every frame which of these it is."""
     frames = list(range(video.shape[2]))
-    if torch.compiler.is_compiling():  # what is compiled or exported cannot depend on pixels
+    if torch.compiler.is_exporting():  # an exported model cannot depend on what the pixels are
         return frames, frames
     differ = (video[:, :, 1:] != video[:, :, :-1]).any(-1).any(-1).any(1).any(0).tolist()
     new = [t for t in frames if t == 0 or differ[t - 1]]
@@ -189,7 +189,8 @@ class Decoder(vqgan.Decoder):
             h = block(h, cache)
         for conv in self.time_conv:
             h = swish(conv(h.repeat_interleave(2, 2), cache))
-        x, z = h[:, :, :frames].chunk(2)
+        batch = x.shape[0]
+        x, z = h[:batch, :, :frames], h[batch:, :, :frames]
         at_once = PIXELS_AT_ONCE // (x[0, 0, 0].numel() * self.factor**2)
         return by_frame(super().forward, x, z, at_once=at_once)
 

@@ -11,7 +11,6 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from einops import rearrange
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from plait.errors import PlaitError
-from plait.tokenizers import quantizer
 from plait.tokenizers.base import FORMAT_VERSION, make_folder, write_file, write_json
 from plait.tokenizers.pixels import PixelTokenizer
 
@@ -110,9 +108,8 @@ def export_onnx(
     was_training = tokenizer.training
     tokenizer.eval()
     try:
-        with mock.patch.object(quantizer, "nearest", _nearest):
-            encoder = _onnx(PixelsToCodes(tokenizer), pixels, open_pixels, "pixels", "codes")
-            decoder = _onnx(CodesToPixels(tokenizer), codes, open_codes, "codes", "pixels")
+        encoder = _onnx(PixelsToCodes(tokenizer), pixels, open_pixels, "pixels", "codes")
+        decoder = _onnx(CodesToPixels(tokenizer), codes, open_codes, "codes", "pixels")
     finally:
         tokenizer.train(was_training)
     sides = [*size] if size else ["height", "width"]
@@ -136,11 +133,6 @@ def export_onnx(
     write_file(folder / "decoder.onnx", decoder)
     write_json(folder / "export.json", facts)
     return facts
-
-
-def _nearest(z: Tensor, table: Tensor) -> Tensor:
-    """`plait.tokenizers.averages.nearest` in one piece: a model would have as many parts as the example needs."""
-    return torch.addmm(table.square().sum(-1), z, table.T, alpha=-2).argmin(-1)
 
 
 def parse_size(text: str) -> tuple[int, int]:

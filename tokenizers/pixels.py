@@ -114,8 +114,17 @@ class PixelTokenizer(nn.Module, Tokenizer):
         """
 
     @abstractmethod
-    def from_latents(self, z: Tensor, cache: Cache | None = None) -> Tensor:
-        """Quantized latents ``[B, d, t, h, w]`` → pixels ``[B, 3, T, H, W]``, not clamped."""
+    def from_latents(self, z: Tensor, cache: Cache | None = None, frames: int | None = None) -> Tensor:
+        """Quantized latents → pixels.
+
+        Args:
+            z: ``[B, d, t, h, w]``.
+            cache: of the chunks before; None for one pass.
+            frames: how many frames from the first on are wanted; a network may leave out the others.
+
+        Returns:
+            ``[B, 3, T, H, W]``, not clamped.
+        """
 
     @property
     def codebook_sizes(self) -> list[int]:
@@ -221,8 +230,10 @@ class PixelTokenizer(nn.Module, Tokenizer):
         grid = tuple(codes.shape[-3 if is_video else -2 :])
         size = self._checked_size(size, grid)
         video = codes if is_video else codes.unsqueeze(-3)
+        if not is_video:
+            size = (1, *size[-2:])
         pixels = torch.cat(list(self.decode_stream([video], size, tile)), 2)
-        return pixels if is_video else pixels[:, :, 0]
+        return pixels if is_video else pixels.squeeze(2)
 
     @torch.no_grad()
     def decode_stream(
@@ -249,11 +260,10 @@ class PixelTokenizer(nn.Module, Tokenizer):
                 if left == 0:
                     return
                 with torch.autocast(self.device.type, enabled=False):
-                    pixels = self._decode_chunk(codes.to(self.device, torch.int64), caches, tile).clamp(-1, 1)
-                if size is not None:
-                    pixels = pixels[:, :, :left, : size[-2], : size[-1]]
-                    left = None if left is None else left - pixels.shape[2]
-                yield pixels
+                    pixels = self._decode_chunk(codes.to(self.device, torch.int64), caches, tile, left).clamp(-1, 1)
+                pixels = pixels[:, :, :left]
+                left = None if left is None else left - pixels.shape[2]
+                yield pixels if size is None else pixels[..., : size[-2], : size[-1]]
 
     # The two chunk passes, whole or in tiles
 
@@ -282,7 +292,7 @@ class PixelTokenizer(nn.Module, Tokenizer):
         assert first is not None
         return first
 
-    def _decode_chunk(self, codes: Tensor, caches: list[Cache], tile: int | None) -> Tensor:
+    def _decode_chunk(self, codes: Tensor, caches: list[Cache], tile: int | None, frames: int | None) -> Tensor:
         several = len(self.codebook_sizes) > 1
         z = self.quantizer.latents(rearrange(codes, "b q t h w -> b t h w q") if several else codes)
         z = rearrange(z, "b t h w d -> b d t h w")
@@ -290,14 +300,14 @@ class PixelTokenizer(nn.Module, Tokenizer):
         height, width = z.shape[-2] * f, z.shape[-1] * f
         if tile is None or max(height, width) <= self._tile(tile):
             caches.extend({} for _ in range(1 - len(caches)))
-            return self.from_latents(z, caches[0])
+            return self.from_latents(z, caches[0], frames)
         tiles = _tiles(height, width, self._tile(tile), f)
         caches.extend({} for _ in range(len(tiles) - len(caches)))
         total: Tensor | None = None
         weights = z.new_zeros(height, width)
         for (rows, columns, _, _), cache in zip(tiles, caches, strict=True):
             part = self.from_latents(
-                z[..., rows.start // f : rows.stop // f, columns.start // f : columns.stop // f], cache
+                z[..., rows.start // f : rows.stop // f, columns.start // f : columns.stop // f], cache, frames
             )
             if total is None:
                 total = part.new_zeros(*part.shape[:-2], height, width)

@@ -357,7 +357,7 @@ class VidTokTokenizer(PixelTokenizer):
             pixels = torch.cat([first, pixels], 2)
         return self.encoder(pixels, cache)
 
-    def from_latents(self, z: Tensor, cache: Cache | None = None) -> Tensor:
+    def from_latents(self, z: Tensor, cache: Cache | None = None, frames: int | None = None) -> Tensor:
         """As `PixelTokenizer.from_latents`, but version 1.1's chunks overlap by one latent frame.
 
         With a cache, the last of several latent frames is only announced: pixels come for those before it, as far as

@@ -241,11 +241,11 @@ class VisualTokenizer(PixelTokenizer):
         _remember(cache, self.encoder)
         return rearrange(z, "(b t) d h w -> b d t h w", b=clip.batch)
 
-    def from_latents(self, z: Tensor, cache: Cache | None = None) -> Tensor:
+    def from_latents(self, z: Tensor, cache: Cache | None = None, frames: int | None = None) -> Tensor:
         """Quantized latents ``[B, d, t, h, w]`` → pixels ``[B, 3, T, H, W]``, not clamped."""
-        frames = rearrange(z, "b d t h w -> (b t) d h w").contiguous(memory_format=torch.channels_last)
+        folded = rearrange(z, "b d t h w -> (b t) d h w").contiguous(memory_format=torch.channels_last)
         clip = Clip(z.shape[0], starts=not cache, cache=cache)
-        pixels = self.decoder(frames, clip)
+        pixels = self.decoder(folded, clip)
         _remember(cache, self.decoder)
         return rearrange(pixels, "(b t) c h w -> b c t h w", b=clip.batch)
 

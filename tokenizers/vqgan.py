@@ -175,8 +175,8 @@ class VQGANTokenizer(PixelTokenizer):
         area = pixels.shape[-2] * pixels.shape[-1]
         return by_frame(lambda x: self.quant_conv(self.encoder(x)), pixels, at_once=PIXELS_AT_ONCE // area)
 
-    def from_latents(self, z: Tensor, cache: Cache | None = None) -> Tensor:
-        """Quantized latents ``[B, d, T, h, w]`` → pixels ``[B, 3, T, H, W]``, not clamped.
+    def from_latents(self, z: Tensor, cache: Cache | None = None, frames: int | None = None) -> Tensor:
+        """Quantized latents ``[B, d, T, h, w]`` → pixels ``[B, 3, T, H, W]``, not clamped; T at most ``frames``.
 
         Raises:
             PlaitError: this tokenizer has no decoder.
@@ -187,6 +187,7 @@ class VQGANTokenizer(PixelTokenizer):
                 "the original release's vqgan.ckpt, which gives the same codes and decodes them"
             )
         area = z.shape[-2] * z.shape[-1] * self.factor**2
+        z = z[:, :, :frames]
         return by_frame(lambda z: self.decoder(self.post_quant_conv(z), z), z, at_once=PIXELS_AT_ONCE // area)
 
 

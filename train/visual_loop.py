@@ -225,7 +225,7 @@ class Trainer:
             loss = reconstruction + sum(quantized.losses.values())
             logged = {**terms, **quantized.losses, "psnr": psnr(decoded.detach(), pixels).mean()}
             if self.adversary is not None and self.adversary.weight(step):
-                with self._autocast():
+                with self._autocast(on_cpu=False):
                     term, more = self.adversary.generator_loss(decoded, step, reconstruction, self.model.last_layer)
                 loss = loss + term
                 logged |= more
@@ -233,7 +233,7 @@ class Trainer:
                 (loss / len(passes)).backward()
             if adversary:
                 with _reduce(adversary.discriminator, last):
-                    with self._autocast():
+                    with self._autocast(on_cpu=False):
                         judged, more = adversary.discriminator_loss(pixels, decoded)
                     (judged / len(passes)).backward()
                 logged |= more
@@ -285,8 +285,10 @@ class Trainer:
             self.adversary.load_state_dict(state["adversary"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+    def _autocast(self, on_cpu: bool = True) -> torch.autocast:
+        # Not of the discriminator on CPUs: PyTorch's padded bfloat16 Conv3d makes NaN of single frames there.
+        enabled = self.recipe.precision == "bfloat16" and (on_cpu or self.device.type != "cpu")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _by_codebook(self, codes: Tensor) -> list[Tensor]:
         return [codes] if len(self.use) == 1 else list(codes.unbind(-1))
@@ -318,8 +320,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged weights ``1 − decay`` of the way to the trained ones; buffers (codebooks) are copied."""
     for a, p in zip(average.parameters(), model.parameters(), strict=True):
         a.lerp_(p, 1 - decay)
-    for a, p in zip(average.buffers(), model.buffers(), strict=True):
-        a.copy_(p)
+    for copied, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        copied.copy_(buffer)
 
 
 def initialise(model: VisualTokenizer, name: str) -> None:

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/emu3.py [--width 256] [--size 256] [--frames 8] [--repeats 5] [--device cpu]
 
-Prints the least time of each side, their ratio (above 1 means plait is faster) and how far the outputs are apart.
-Nothing is asserted. The released network has width 256, and takes minutes on a CPU.
+Prints the least time of each side (on a CPU, processor time), their ratio (above 1 means plait is faster) and how far
+the outputs are apart. Nothing is asserted. The released network has width 256, and takes minutes on a CPU.
 """
 
 import argparse

@@ -59,7 +59,7 @@ class Tiny(PixelTokenizer):
     def to_latents(self, pixels: Tensor, cache: Cache | None = None) -> Tensor:
         return self.encoder(pixels.movedim(1, -1)).movedim(-1, 1)
 
-    def from_latents(self, z: Tensor, cache: Cache | None = None) -> Tensor:
+    def from_latents(self, z: Tensor, cache: Cache | None = None, frames: int | None = None) -> Tensor:
         return self.decoder(z.movedim(1, -1)).movedim(-1, 1)
 
 

@@ -72,7 +72,7 @@ class Toy(PixelTokenizer):
     def to_latents(self, pixels: Tensor, cache: Cache | None = None) -> Tensor:
         return F.avg_pool3d(pixels.mean(1, keepdim=True), (self.config.group, 4, 4)) * 3
 
-    def from_latents(self, z: Tensor, cache: Cache | None = None) -> Tensor:
+    def from_latents(self, z: Tensor, cache: Cache | None = None, frames: int | None = None) -> Tensor:
         return F.interpolate(z, scale_factor=(self.config.group, 4, 4)).expand(-1, 3, -1, -1, -1)
 
 
