@@ -26,22 +26,26 @@ from plait.train.shards import read_samples
 _HOPELESS = 1000
 
 
-def crop_square(image: Image.Image, side: int) -> Image.Image:
-    """Scale to cover a square of ``side`` pixels and crop its middle."""
-    return image if image.size == (side, side) else ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+def crop_square(image: Image.Image, side: int, place: float = 0.5) -> Image.Image:
+    """Scale to cover a square of ``side`` pixels and crop it: from the middle, the start (0) or the end (1)."""
+    if image.size == (side, side):
+        return image
+    return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC, centering=(place, place))
 
 
-def image_square(sample: dict[str, Any], side: int) -> Tensor | None:
-    """A sample's image as uint8 ``[3, side, side]``; None when it has none.
+def image_square(sample: dict[str, Any], side: int, place: float = 0.5) -> Tensor | None:
+    """A sample's image as uint8 ``[3, side, side]``, cropped as by `crop_square`; None when it has none.
 
     Raises:
         PlaitError: the image is broken.
     """
     data = member(sample, "image")
-    return None if data is None else _square(read_image(data, sample["__key__"]), side)
+    return None if data is None else _square(read_image(data, sample["__key__"]), side, place)
 
 
-def clip_squares(sample: dict[str, Any], side: int, frames: int, fps: float, start: float = 0.0) -> Tensor | None:
+def clip_squares(
+    sample: dict[str, Any], side: int, frames: int, fps: float, start: float = 0.0, place: float = 0.5
+) -> Tensor | None:
     """Frames of a sample's clip as uint8 ``[3, frames, side, side]``; None when it has none.
 
     Args:
@@ -50,6 +54,7 @@ def clip_squares(sample: dict[str, Any], side: int, frames: int, fps: float, sta
         frames: how many; a clip that is shorter rests at its end.
         fps: at which frames are taken; a slower clip keeps its own rate.
         start: where in what is left over of the clip the first frame lies, in ``[0, 1)``.
+        place: of the crop, as in `crop_square`.
 
     Raises:
         PlaitError: the clip is broken.
@@ -70,11 +75,11 @@ def clip_squares(sample: dict[str, Any], side: int, frames: int, fps: float, sta
     spare = max(0.0, len(video.frames) - 1 - stride * (frames - 1))
     first = int(start * (spare + 1))
     indices = [min(len(video.frames) - 1, first + int(i * stride + 1e-3)) for i in range(frames)]
-    return torch.stack([_square(Image.fromarray(video.frames[i].numpy()), side) for i in indices], 1)
+    return torch.stack([_square(Image.fromarray(video.frames[i].numpy()), side, place) for i in indices], 1)
 
 
-def _square(image: Image.Image, side: int) -> Tensor:
-    return ((to_pixels(crop_square(image, side)) + 1) * 127.5).round().to(torch.uint8)
+def _square(image: Image.Image, side: int, place: float) -> Tensor:
+    return ((to_pixels(crop_square(image, side, place)) + 1) * 127.5).round().to(torch.uint8)
 
 
 class CropEncoder(SampleEncoder):
@@ -94,6 +99,10 @@ class CropEncoder(SampleEncoder):
     @abstractmethod
     def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
         """A sample's pixels ``[3, ..., side, side]``, or None."""
+
+    def place(self, draw: random.Random) -> float:
+        """Where the crop lies."""
+        return draw.random() if self.recipe.random_crop else 0.5
 
     @stateless
     def encode_sample(self, sample: dict[str, Any]) -> Any:
@@ -142,7 +151,7 @@ class ImageEncoder(CropEncoder):
 
     def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
         """The image."""
-        return image_square(sample, self.recipe.image_size)
+        return image_square(sample, self.recipe.image_size, self.place(draw))
 
 
 class ClipEncoder(CropEncoder):
@@ -153,7 +162,7 @@ class ClipEncoder(CropEncoder):
     def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
         """Some consecutive frames."""
         clips = self.recipe.clips
-        return clip_squares(sample, self.recipe.image_size, clips.frames, clips.fps, start=draw.random())
+        return clip_squares(sample, self.recipe.image_size, clips.frames, clips.fps, draw.random(), self.place(draw))
 
 
 def load_heldout(recipe: VisualTokenizerRecipe) -> dict[str, Tensor]:

@@ -108,6 +108,7 @@ class VisualTokenizerRecipe:
         adversarial: training against a discriminator.
         discriminator_lr: the discriminator's learning rate, constant.
         image_size: images and clips are scaled to cover a square of this side and cropped to it.
+        random_crop: crop anywhere instead of in the middle.
         batch_size: images per optimizer step over all processes.
         accumulate: forward passes per optimizer step and process.
         streams: independent data streams over all processes, each in a worker process of its own. The same number
@@ -133,6 +134,7 @@ class VisualTokenizerRecipe:
     discriminator_lr: float = 1e-4
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     image_size: int = 64
+    random_crop: bool = False
     batch_size: int = 32
     accumulate: int = 1
     streams: int = 2
