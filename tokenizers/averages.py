@@ -21,11 +21,11 @@ def nearest(z: Tensor, table: Tensor) -> Tensor:
     Distances are computed for a part of the N at a time.
     """
     squares = table.square().sum(-1)
+    rows = max(1, DISTANCES // len(table))
     # An exported model would have as many parts as its example.
-    rows = z.shape[0] if torch.compiler.is_exporting() else max(1, DISTANCES // len(table))
+    parts = [z] if torch.compiler.is_exporting() else z.split(rows)
     # |z − c|² less |z|², which is the same for all c.
-    parts = [torch.addmm(squares, part, table.T, alpha=-2).argmin(-1) for part in z.split(rows)]
-    return torch.cat(parts)
+    return torch.cat([torch.addmm(squares, part, table.T, alpha=-2).argmin(-1) for part in parts])
 
 
 class MovingAverages:
