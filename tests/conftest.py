@@ -16,8 +16,8 @@ from plait.infer.bundle import save_bundle
 from plait.model.config import DecoderConfig
 from plait.model.decoder import Decoder
 from plait.tokenizers.loading import load_tokenizers
-from plait.tokenizers.text import TextTokenizer
 from plait.tokenizers.quantizer import QuantizerConfig
+from plait.tokenizers.text import TextTokenizer
 from plait.tokenizers.visual import VisualConfig, VisualTokenizer
 from plait.tokenizers.vocabulary import Vocabulary
 

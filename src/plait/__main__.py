@@ -30,6 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")
 ModelName = Annotated[str, typer.Option("--model", help="Bundle: a path or a shipped name.")]
 MediaFiles = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Told apart by content, not by name.")]
 VisualName = Annotated[str, typer.Option("--tokenizer", help="A tokenizer's or bundle's folder, or a shipped name.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or cuda with a number.")]
 Tile = Annotated[int | None, typer.Option(min=1, help="Larger pictures in tiles of so many pixels; 2048 by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 
@@ -180,7 +181,7 @@ def tokenizer_eval(
         str | None, typer.Option(help="Classifier for a Fréchet distance; efflite0 if it is installed.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="The first so many images and clips only.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda with a number.")] = "cpu",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure what a visual tokenizer keeps of images and clips."""
@@ -227,7 +228,7 @@ def tokenizer_encode(
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of videos; their own by default.")] = None,
     tile: Tile = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda with a number.")] = "cpu",
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -251,7 +252,7 @@ def tokenizer_decode(
         str | None, typer.Option(help="png, jpg, webp or gif; videos: mp4, webm, gif or webp. By default png and mp4.")
     ] = None,
     tile: Tile = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda with a number.")] = "cpu",
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
