@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plait.errors import PlaitError
+from plait.tokenizers.evaluate import thumbnail
 from plait.tokenizers.loading import load_tokenizer
 from plait.tokenizers.metrics import CodebookUse, psnr, ssim
 from plait.tokenizers.perceptual import load_perceptual
@@ -368,12 +368,13 @@ def evaluate(
             pixels = to_float(chunk).to(tokenizer.device)
             codes = tokenizer.encode(pixels)
             decoded = tokenizer.decode(codes)
+            grid = tuple(codes.codes.shape[-2 if name == "images" else -3 :])
             for counter, part in zip(use, codes.codes.unbind(1) if len(use) > 1 else [codes.codes], strict=True):
                 counter.update(part)
             scores["psnr"].append(psnr(decoded, pixels))
             if min(pixels.shape[-2:]) >= 11:
                 scores["ssim"].append(ssim(decoded, pixels))
-            scores["thumbnail_psnr"].append(psnr(thumbnail(pixels, tokenizer.factor), pixels))
+            scores["thumbnail_psnr"].append(psnr(thumbnail(pixels, grid), pixels))
             shown += zip(pixels.cpu(), decoded.cpu(), strict=True)
             shown = shown[: 32 if name == "images" else 6]
         kind = name.removesuffix("s")
@@ -384,13 +385,6 @@ def evaluate(
         suffix = f"_{i}" if len(use) > 1 else ""
         figures |= {f"codebook_use{suffix}": counter.used, f"codebook_perplexity{suffix}": counter.perplexity}
     return figures, sheets
-
-
-def thumbnail(pixels: Tensor, factor: int) -> Tensor:
-    """One colour for each code's square, bicubically enlarged: what codes that were unquantized colours would give."""
-    frames = pixels if pixels.ndim == 4 else rearrange(pixels, "b c t h w -> (b t) c h w")
-    large = F.interpolate(F.avg_pool2d(frames, factor), size=frames.shape[-2:], mode="bicubic")
-    return large if pixels.ndim == 4 else rearrange(large, "(b t) c h w -> b c t h w", b=len(pixels))
 
 
 def check_same_codebooks(model: VisualTokenizer) -> None:

@@ -9,13 +9,12 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -25,7 +24,7 @@ from plait.errors import PlaitError
 from plait.tokenizers.loading import load_tokenizer
 from plait.tokenizers.metrics import psnr
 from plait.tokenizers.visual import VisualConfig, VisualTokenizer
-from plait.train import visual_loop
+from plait.train import loader, visual_loop
 from plait.train.crops import load_heldout
 from plait.train.pack import pack
 from plait.train.recipe import LossConfig, VisualTokenizerRecipe
@@ -36,7 +35,6 @@ from plait.train.visual_loop import (
     evaluate,
     initialise,
     reconstruction_losses,
-    thumbnail,
     to_float,
     train_visual,
     update_average,
@@ -61,6 +59,22 @@ ADVERSARIAL = (
     "discriminator: {kind: patch3d, width: 8, layers: 2}}"
 )
 VQ_EMA = "model.quantizer={kind: vq_ema, codebook_size: 16, dim: 4, dead_code: 0.5}"
+
+
+@pytest.fixture(autouse=True)
+def _end_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """End the loaders' workers in order; left to the garbage collector they wait for one another."""
+    opened = []
+
+    def open_loader(*arguments: Any, **options: Any) -> Any:
+        opened.append(loader.open_loader(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(visual_loop, "open_loader", open_loader)
+    yield
+    for each in opened:
+        if (iterator := getattr(each, "_iterator", None)) is not None:
+            iterator._shutdown_workers()
 
 
 @pytest.fixture
@@ -185,18 +199,6 @@ def test_average_moves_its_share_and_copies_buffers() -> None:
     assert average[0].weight.item() == 1.5
     assert model[0].weight.item() == 3
     assert average[1].running_mean.item() == 7
-
-
-def test_thumbnail_has_a_colour_per_code() -> None:
-    pixels = torch.rand(2, 3, 4, 24, 16)
-    found = thumbnail(pixels, 8)
-    assert found.shape == pixels.shape
-    still = torch.rand(2, 3, 1, 1).expand(2, 3, 16, 16)
-    assert torch.allclose(thumbnail(still, 8), still, atol=1e-5)
-    small = pixels[:, :, 2].reshape(2, 3, 3, 8, 2, 8).mean((3, 5))
-    assert torch.allclose(found[:, :, 2], F.interpolate(small, size=(24, 16), mode="bicubic"), atol=1e-5)
-    for factor in range(1, 60):
-        assert thumbnail(torch.rand(1, 3, factor, factor), factor).shape == (1, 3, factor, factor)
 
 
 def test_evaluation_does_not_depend_on_the_batch(config: Path, films: tuple[str, ...], tmp_path: Path) -> None:
