@@ -8,7 +8,12 @@ from subprocess import CompletedProcess
 import pytest
 from PIL import Image
 
-TINY_VISUAL = ["model.widths=[16,24]", "model.encoder_blocks=1", "model.decoder_blocks=1", "model.levels=[5,4,3]"]
+TINY_VISUAL = [
+    "model.widths=[16,24]",
+    "model.encoder_blocks=1",
+    "model.decoder_blocks=1",
+    "model.quantizer.levels=[5,4,3]",
+]
 
 
 @pytest.mark.slow

@@ -95,6 +95,7 @@ def evaluate(
     total, done = sum(map(len, groups.values())), 0
     report: dict[str, Any] = {"images": None, "clips": None}
     sheets: dict[str, Image.Image] = {}
+    together = [CodebookUse(size) for size in tokenizer.codebook_sizes]
     for kind, group in groups.items():
         measurement = _Measurement(tokenizer, kind, perceptual, features, _spread(len(group), SHOWN[kind]))
         for batch in batches(read_items(group, folder, kind == "clips", protocol, skipped)):
@@ -103,11 +104,15 @@ def evaluate(
             advance(done, total)
         if measurement.items:
             report[kind], sheets[kind] = measurement.figures(), measurement.sheet()
+            for both, one in zip(together, measurement.use, strict=True):
+                both.counts = both.counts + one.counts.to(both.counts.device)
     advance(total, total)  # broken files are done with, too
     if not sheets:
         raise PlaitError(
             f"{folder}: holds no image or clip that can be read" + (f"; the first: {skipped[0]}" if skipped else "")
         )
+    if len(sheets) > 1:
+        report["together"] = [{"used": use.used, "perplexity": use.perplexity} for use in together]
     data = {"folder": str(folder), "limit": limit, "skipped": skipped}
     return {"data": data, "protocol": protocol.in_words() | MEASURES, **report}, sheets
 
@@ -384,6 +389,9 @@ def table(report: dict[str, Any]) -> str:
     for key, (label, note) in rows.items():
         cells = "".join(f"{_cell(column.get(key)):>16}" for column in columns.values())
         lines.append(f"{label:{width}}{cells}   {note}".rstrip())
+    if books := report.get("together"):
+        used, perplexity = (_extent((book[key],) for book in books) for key in ("used", "perplexity"))
+        lines += ["", f"images and clips together: codebook use {_cell(used)}, perplexity {_cell(perplexity)}"]
     lines += ["", f"pictures: {report['protocol']['size']}"]
     if "clips" in columns:
         lines.append(f"clips: {report['protocol']['clips']}")

@@ -1,5 +1,6 @@
 """Real runs of tiny visual tokenizers; several processes are forked, so that they need not import everything anew."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -74,7 +75,8 @@ def _end_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for each in opened:
         if (iterator := getattr(each, "_iterator", None)) is not None:
-            iterator._shutdown_workers()
+            with contextlib.suppress(RuntimeError):  # one that was too slow and was ended for it
+                iterator._shutdown_workers()
 
 
 @pytest.fixture
