@@ -19,7 +19,7 @@ lint: $(VENV)/.test            ## style, types, import directions
 
 bench: $(VENV)/.test           ## speed beside a peer, in one run
 	$(BIN)/python tests/benchmarks/decoder.py
-	$(BIN)/python tests/benchmarks/emu3.py
+	$(BIN)/python tests/benchmarks/emu3.py --width 64
 	$(BIN)/python tests/benchmarks/vqgan.py
 
 tiny: $(VENV)/.test            ## train weights/plait-tiny again, from the data on (about an hour on 2 cores)

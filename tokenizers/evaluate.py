@@ -389,8 +389,8 @@ def table(report: dict[str, Any]) -> str:
     for key, (label, note) in rows.items():
         cells = "".join(f"{_cell(column.get(key)):>16}" for column in columns.values())
         lines.append(f"{label:{width}}{cells}   {note}".rstrip())
-    if books := report.get("together"):
-        used, perplexity = (_extent((book[key],) for book in books) for key in ("used", "perplexity"))
+    if both := report.get("together"):
+        used, perplexity = (_extent((book[key],) for book in both) for key in ("used", "perplexity"))
         lines += ["", f"images and clips together: codebook use {_cell(used)}, perplexity {_cell(perplexity)}"]
     lines += ["", f"pictures: {report['protocol']['size']}"]
     if "clips" in columns:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plait.errors import PlaitError
 from plait.tokenizers.media import read_image, to_pixels
-from plait.tokenizers.video import is_clip, read_video
+from plait.tokenizers.video import is_clip, stream_video
 from plait.train.documents import member
 from plait.train.loader import SampleEncoder
 from plait.train.recipe import VisualTokenizerRecipe
@@ -66,16 +66,31 @@ def clip_squares(
         file.write(data)
         file.flush()
         try:
-            if not is_clip(file.name):
-                return None
-            video = read_video(file.name)
+            return _frames(file.name, side, frames, fps, start, place) if is_clip(file.name) else None
         except PlaitError as error:
             raise PlaitError(str(error).replace(file.name, key)) from None
-    stride = max(1.0, video.fps / fps)
-    spare = max(0.0, len(video.frames) - 1 - stride * (frames - 1))
+
+
+def _frames(path: str, side: int, frames: int, fps: float, start: float, place: float) -> Tensor:
+    """The frames that `clip_squares` takes of a file; no others are held."""
+    facts, chunks = stream_video(path)
+    length = facts.frames or sum(len(chunk) for chunk in chunks)
+    stride = max(1.0, facts.fps / fps)
+    spare = max(0.0, length - 1 - stride * (frames - 1))
     first = int(start * (spare + 1))
-    indices = [min(len(video.frames) - 1, first + int(i * stride + 1e-3)) for i in range(frames)]
-    return torch.stack([_square(Image.fromarray(video.frames[i].numpy()), side, place) for i in indices], 1)
+    wanted = [min(length - 1, first + int(i * stride + 1e-3)) for i in range(frames)]
+    found: dict[int, Tensor] = {}
+    seen = 0
+    for chunk in stream_video(path)[1]:
+        for i in range(seen, seen + len(chunk)):
+            if i in wanted:
+                found[i] = _square(Image.fromarray(chunk[i - seen].numpy()), side, place)
+        last, seen = chunk[-1], seen + len(chunk)
+        if seen > wanted[-1]:
+            break
+    else:  # the file said that it holds more
+        found |= {i: _square(Image.fromarray(last.numpy()), side, place) for i in wanted if i >= seen}
+    return torch.stack([found[i] for i in wanted], 1)
 
 
 def _square(image: Image.Image, side: int, place: float) -> Tensor:

@@ -31,7 +31,7 @@ _RECIPES: dict[str, type[Recipe]] = {
 # folder's name.
 _MAY_CHANGE = {
     "out", "steps", "save_every", "eval_every", "log_every", "keep", "generation", "store", "optimizer", "micro_batch",
-    "z_loss",
+    "z_loss", "discriminator_lr",
 }  # fmt: skip
 
 

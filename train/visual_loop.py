@@ -42,7 +42,6 @@ from plait.train.processes import gather, join_processes, leave_processes, mean_
 from plait.train.recipe import VisualTokenizerRecipe
 from plait.train.recipe_file import check_resumable
 from plait.train.reconstruction import PIXEL_LOSSES
-from plait.train.shards import read_manifest
 
 # Live codebook figures are over the last so many batches.
 _WINDOW = 100
@@ -125,12 +124,9 @@ class Data:
             sources["clips"] = clips.shards, ClipEncoder(recipe), clips.batch_size, 100
         self.loaders = {}
         for name, (folders, encoder, size, buffer) in sources.items():
-            # The buffer is full before the first batch comes: with more than there is, that would only take longer.
-            there = sum(row["samples"] for folder in folders for row in read_manifest(Path(folder), "raw")["shards"])
             self.loaders[name] = open_loader(
                 folders, encoder, kind="raw", scratch=Path(recipe.out) / name, batch_size=size // recipe.streams,
-                seed=recipe.seed, streams=recipe.streams, rank=rank, world_size=world_size,
-                shuffle_buffer=min(buffer, there),
+                seed=recipe.seed, streams=recipe.streams, rank=rank, world_size=world_size, shuffle_buffer=buffer,
             )  # fmt: skip
         self._iterators: dict[str, Iterator[Tensor]] = {}
 
