@@ -275,7 +275,7 @@ class VisualTokenizer(PixelTokenizer):
         Raises:
             PlaitError: the image tokenizer has another architecture.
         """
-        mine, its = _architecture(self.config), _architecture(image.config)
+        mine, its = architecture_of(self.config), architecture_of(image.config)
         for name in (name for name in mine if mine[name] != its[name]):
             raise PlaitError(
                 f"init: the tokenizer has another architecture, {name} {its[name]!r} instead of {mine[name]!r}; "
@@ -297,7 +297,7 @@ class VisualTokenizer(PixelTokenizer):
         return config_from_json(VisualConfig, content, where)
 
 
-def _architecture(config: VisualConfig) -> dict[str, Any]:
+def architecture_of(config: VisualConfig) -> dict[str, Any]:
     """The settings that two tokenizers must share to have the same layers in space and the same codes."""
     settings = asdict(config) | {"temporal_factor": None}
     quantizer = settings.pop("quantizer")

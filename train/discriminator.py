@@ -41,6 +41,11 @@ class DiscriminatorConfig:
         if type(self.layers) is not int or not 1 <= self.layers <= 6:
             raise PlaitError(f"discriminator: layers is {self.layers!r}, must be a whole number from 1 to 6")
 
+    @property
+    def least_side(self) -> int:
+        """Pixels that the short side must have at least."""
+        return int(3 * 2**self.layers)
+
 
 class PatchDiscriminator(nn.Module):
     """Pictures → one logit per patch, positive for "real". A clip is the batch of its frames."""
@@ -81,7 +86,7 @@ class PatchDiscriminator(nn.Module):
         return spectral_norm(convolution) if self.config.norm == "spectral" else convolution
 
     def _check(self, pixels: Tensor) -> None:
-        least = 3 * 2**self.config.layers
+        least = self.config.least_side
         if pixels.ndim not in (4, 5) or pixels.shape[1] != 3 or min(pixels.shape[-2:]) < least:
             raise PlaitError(
                 f"pixels: shape is {tuple(pixels.shape)}, a discriminator of {self.config.layers} layers takes "

@@ -138,7 +138,7 @@ def _visual_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
     except PlaitError as error:
         yield ["adversarial"], f"is wrong: {error}"
     else:
-        least = 3 * 2**discriminator.layers
+        least = discriminator.least_side
         if plain["adversarial"]["weight"] and plain["image_size"] < least:
             reason = f"is {plain['image_size']}, expected at least {least} for the discriminator's layers"
             yield ["image_size", "adversarial"], reason

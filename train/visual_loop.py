@@ -11,7 +11,6 @@ import copy
 import hashlib
 import itertools
 import math
-import operator
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from plait.tokenizers.loading import load_tokenizer
 from plait.tokenizers.metrics import CodebookUse, psnr, ssim
 from plait.tokenizers.perceptual import load_perceptual
 from plait.tokenizers.sheets import clip_sheet, reconstruction_sheet
-from plait.tokenizers.visual import VisualTokenizer
+from plait.tokenizers.visual import VisualTokenizer, architecture_of
 from plait.train.adversarial import Adversary
 from plait.train.crops import ClipEncoder, CropEncoder, ImageEncoder, load_heldout
 from plait.train.discriminator import build_discriminator
@@ -45,11 +44,6 @@ from plait.train.reconstruction import PIXEL_LOSSES
 
 # Live codebook figures are over the last so many batches.
 _WINDOW = 100
-# What a tokenizer to start from must share.
-_ARCHITECTURE = (
-    "patch", "stem", "widths", "encoder_blocks", "decoder_blocks", "attention", "decoder_norm", "quantizer.kind",
-    "quantizer.levels", "quantizer.codebook_size", "quantizer.dim", "quantizer.codebooks",
-)  # fmt: skip
 
 
 def train_visual(recipe: VisualTokenizerRecipe) -> Path:
@@ -330,12 +324,15 @@ def initialise(model: VisualTokenizer, name: str) -> None:
     source = load_tokenizer(name, "image")
     if not isinstance(source, VisualTokenizer):
         raise PlaitError(f"init: {name} is a {source.architecture} tokenizer, expected one of plait's own")
-    still = source.config.temporal_factor == 1
     # By name, as the tensors fit between some that differ: stems and levels have none.
-    for key in _ARCHITECTURE if still else (*_ARCHITECTURE, "temporal_factor"):
-        its, ours = (operator.attrgetter(key)(config) for config in (source.config, model.config))
-        if its != ours:
-            raise PlaitError(f"init: {name} has {key} {its!r}, the recipe's model {ours!r}; make them the same")
+    its, ours = architecture_of(source.config), architecture_of(model.config)
+    if source.config.temporal_factor > 1:
+        its["temporal_factor"], ours["temporal_factor"] = source.config.temporal_factor, model.config.temporal_factor
+    for key in its:
+        if its[key] != ours[key]:
+            raise PlaitError(
+                f"init: {name} has {key} {its[key]!r}, the recipe's model {ours[key]!r}; make them the same"
+            )
     if source.config.temporal_factor == model.config.temporal_factor:
         model.load_state_dict(source.state_dict())
     else:
@@ -389,11 +386,11 @@ def check_same_codebooks(model: VisualTokenizer) -> None:
     Raises:
         PlaitError: they do not; a run that went on would mix codes of different meaning.
     """
+    if not dist.is_initialized():
+        return
     digest = hashlib.sha256()
     for tensor in itertools.chain(model.quantizer.parameters(), model.quantizer.buffers()):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    if not dist.is_initialized():
-        return
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest.hexdigest())
     if len(set(digests)) > 1:
