@@ -634,7 +634,7 @@ class ResidualQuantizer(Quantizer):
         """Latents ``[..., dim]`` → codes int64 ``[..., q]`` of the first ``n_codebooks``, by default of all."""
         with _exact_float32(z.device):
             codes = [codes for *_, codes in self._stages(z, n_codebooks)]
-        return torch.stack(codes, -1).reshape(*z.shape[:-1], -1)
+        return torch.stack(codes, -1).reshape(*z.shape[:-1], len(codes))
 
     def latents(self, codes: Tensor) -> Tensor:
         """Codes int ``[..., q']`` of the first q' ≤ q codebooks → latents float32 ``[..., dim]``."""
