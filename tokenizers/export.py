@@ -1,14 +1,16 @@
-"""Write a visual tokenizer as two ONNX models, which any ONNX runtime runs without Python or torch.
+"""Write a tokenizer as two ONNX models, which any ONNX runtime runs without Python or torch.
 
-Each model is the whole way, quantizer included: pixels → codes and codes → pixels. A clip goes through in one pass, so
-that a model needs no memory of earlier frames. Padding and cropping to multiples of the factor are left to the caller.
+Each model is the whole way, quantizer included: pixels or samples → codes, and back. A clip or sound goes through in
+one pass, so that a model needs no memory of what came before. Padding and cropping to whole codes are left to the
+caller.
 
 The exporter is torch's newer one (``torch.export``): the older tracing one writes down the sizes of its example
 wherever the network reads a shape, and gives wrong models for other sizes without a word.
 """
 
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from torch.export import Dim
 
 from plait.errors import PlaitError
 from plait.tokenizers.base import FORMAT_VERSION, make_folder, write_file, write_json
+from plait.tokenizers.network import NetworkTokenizer
 from plait.tokenizers.pixels import PixelTokenizer
+from plait.tokenizers.streaming import whole
+from plait.tokenizers.waves import WaveTokenizer
 
 # Codes per side of the example that the networks are traced with where sizes stay open. They differ from each other
 # and from 1 and the batch, or the tracer takes them for one number.
@@ -61,6 +66,65 @@ class CodesToPixels(nn.Module):
         return pixels.select(2, 0) if still else pixels
 
 
+class SamplesToCodes(nn.Module):
+    """Samples ``[B, C, N]``, float32, N whole codes → codes int64, without checks and padding."""
+
+    def __init__(self, tokenizer: WaveTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """``[B, t]``, with the codebook axis at dim 1 if there are several."""
+        codes: Tensor = self.tokenizer.quantizer.codes(self.tokenizer.to_latents(samples, whole()).mT)
+        return codes.mT if codes.ndim == 3 else codes
+
+
+class CodesToSamples(nn.Module):
+    """Codes → samples ``[B, C, N]``: the other way, likewise without checks."""
+
+    def __init__(self, tokenizer: WaveTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes ``[B, t]`` or ``[B, q, t]`` → samples, not clamped."""
+        z = self.tokenizer.quantizer.latents(codes.mT if codes.ndim == 3 else codes)
+        return self.tokenizer.from_latents(z.mT, whole())
+
+
+def export_sound(tokenizer: WaveTokenizer, folder: str | Path) -> dict[str, Any]:
+    """Write ``encoder.onnx``, ``decoder.onnx`` and, last, ``export.json``, for sound of any length and batch.
+
+    Args:
+        tokenizer: it is left as it is.
+        folder: where to; made if missing.
+
+    Returns:
+        what ``export.json`` holds; an axis is a number, or a name if it is open.
+
+    Raises:
+        PlaitError: a network that cannot be exported, or a folder that cannot be written to.
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+    """
+    import onnxscript  # noqa: F401 (torch's exporter would fail late without it)
+
+    factor, steps = tokenizer.factor, 5
+    grid = [len(tokenizer.codebook_sizes)] * (len(tokenizer.codebook_sizes) > 1)
+    samples = torch.zeros(_BATCH, tokenizer.channels, steps * factor, device=tokenizer.device)
+    codes = torch.zeros(_BATCH, *grid, steps, dtype=torch.int64, device=tokenizer.device)
+    batch, t = Dim("batch"), Dim("t")
+    facts = {
+        "sample_rate": tokenizer.sample_rate,
+        "samples": {"dtype": "float32", "shape": ["batch", tokenizer.channels, "samples"], "range": [-1, 1]},
+        "codes": {"dtype": "int64", "shape": ["batch", *grid, f"samples / {factor}"]},
+        "factor": factor,
+    }
+    with _evaluating(tokenizer):
+        encoder = _onnx(SamplesToCodes(tokenizer), samples, {0: batch, 2: factor * t}, "samples", "codes")
+        decoder = _onnx(CodesToSamples(tokenizer), codes, {0: batch, codes.ndim - 1: t}, "codes", "samples")
+    return _write(Path(folder), tokenizer, encoder, decoder, facts)
+
+
 def export_onnx(
     tokenizer: PixelTokenizer, folder: str | Path, size: tuple[int, int] | None = None, frames: int | None = None
 ) -> dict[str, Any]:
@@ -90,9 +154,6 @@ def export_onnx(
     ):
         fit = ", ".join(str(tokenizer.frames_of(t)) for t in (1, 2, 3))
         raise PlaitError(f"frames: is {frames!r}, this tokenizer takes whole groups: {fit}, …")
-    folder = Path(folder)
-    make_folder(folder)
-
     h, w = (n // factor for n in size) if size else _EXAMPLE
     clip = [] if frames is None else [frames]
     grid = [len(tokenizer.codebook_sizes)] * several + [tokenizer.grid_frames_of(n) for n in clip]
@@ -105,34 +166,49 @@ def export_onnx(
         open_pixels |= {pixels.ndim - 2: factor * rows, pixels.ndim - 1: factor * columns}
         open_codes |= {codes.ndim - 2: rows, codes.ndim - 1: columns}
 
-    was_training = tokenizer.training
-    tokenizer.eval()
-    try:
+    with _evaluating(tokenizer):
         encoder = _onnx(PixelsToCodes(tokenizer), pixels, open_pixels, "pixels", "codes")
         decoder = _onnx(CodesToPixels(tokenizer), codes, open_codes, "codes", "pixels")
-    finally:
-        tokenizer.train(was_training)
     sides = [*size] if size else ["height", "width"]
     facts = {
-        "format_version": FORMAT_VERSION,
-        "architecture": tokenizer.architecture,
-        "fingerprint": tokenizer.fingerprint,
         "pixels": {"dtype": "float32", "shape": ["batch", 3, *clip, *sides], "range": [-1, 1], "colours": "RGB"},
         "codes": {
             "dtype": "int64",
             "shape": ["batch", *grid, *([h, w] if size else [f"height / {factor}", f"width / {factor}"])],
         },
-        "codebook_sizes": tokenizer.codebook_sizes,
         "factor": factor,
         "temporal_factor": tokenizer.temporal_factor,
     }
-    # Whoever finds export.json finds the models it speaks of.
+    return _write(Path(folder), tokenizer, encoder, decoder, facts)
+
+
+def _write(
+    folder: Path, tokenizer: NetworkTokenizer, encoder: bytes, decoder: bytes, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the three files, export.json last: whoever finds it finds the models it speaks of."""
+    header = {
+        "format_version": FORMAT_VERSION,
+        "architecture": tokenizer.architecture,
+        "fingerprint": tokenizer.fingerprint,
+        "codebook_sizes": tokenizer.codebook_sizes,
+    }
+    make_folder(folder)
     with suppress(OSError):  # writing will say it
         (folder / "export.json").unlink()
     write_file(folder / "encoder.onnx", encoder)
     write_file(folder / "decoder.onnx", decoder)
-    write_json(folder / "export.json", facts)
-    return facts
+    write_json(folder / "export.json", header | facts)
+    return header | facts
+
+
+@contextmanager
+def _evaluating(tokenizer: NetworkTokenizer) -> Iterator[None]:
+    was_training = tokenizer.training
+    tokenizer.eval()
+    try:
+        yield
+    finally:
+        tokenizer.train(was_training)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -168,7 +244,7 @@ def _onnx(network: nn.Module, example: Tensor, dynamic: dict[int, Any], takes: s
             )
         except RuntimeError as error:  # all that torch's exporter raises
             reason = str(error).strip().splitlines()[0]
-            hint = "name one size with --size HxW" if len(dynamic) > 1 else "report it"
+            hint = "name one size with --size HxW" if len(dynamic) > 1 and takes != "samples" else "report it"
             raise PlaitError(
                 f"export: torch cannot export this network from {takes} to {gives} ({reason}); {hint}"
             ) from None

@@ -29,7 +29,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 ModelName = Annotated[str, typer.Option("--model", help="Bundle: a path or a shipped name.")]
 MediaFiles = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Told apart by content, not by name.")]
-VisualName = Annotated[str, typer.Option("--tokenizer", help="A tokenizer's or bundle's folder, or a shipped name.")]
+FilesTokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help="A tokenizer's or bundle's folder, or a shipped name; tiny-vision, and tiny-audio of sound, by default.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or cuda with a number.")]
 Tile = Annotated[int | None, typer.Option(min=1, help="Larger pictures in tiles of so many pixels; 2048 by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
@@ -158,15 +164,17 @@ def tokenizer_info(
 
 @tokenizer.command("eval")
 def tokenizer_eval(
+    context: typer.Context,
     name: Annotated[
         str, typer.Argument(metavar="TOK", help="A tokenizer's or bundle's folder, a checkpoint, or a shipped name.")
     ],
-    folder: Annotated[
-        Path, typer.Argument(metavar="DATA", help="Folder of images and clips, or with a manifest.jsonl (path).")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of media, or with a manifest.jsonl (path).")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the report and the sheets.")] = Path(
         "out/tokenizer-eval"
     ),
+    modality: Annotated[
+        str | None, typer.Option(help="Which of a bundle's tokenizers: image or audio; image by default.")
+    ] = None,
     size: Annotated[
         int | None, typer.Option(help="Scale the short side to so many pixels; native size by default.")
     ] = None,
@@ -180,21 +188,42 @@ def tokenizer_eval(
     features: Annotated[
         str | None, typer.Option(help="Classifier for a Fréchet distance; efflite0 if it is installed.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="The first so many images and clips only.")] = None,
+    seconds: Annotated[float, typer.Option(help="Sound: seconds of a file, from its start.")] = 20.0,
+    codebooks: Annotated[int | None, typer.Option(help="Sound: the first so many codebooks only.")] = None,
+    visqol: Annotated[int, typer.Option(help="Sound: ViSQOL, which is slow, on so many files; 0 is none.")] = 8,
+    opus: Annotated[
+        float | None, typer.Option(metavar="KBPS", help="Sound: Opus at so many kb/s beside it, as a yardstick.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Sound: write the reconstructions as WAV.")] = False,
+    limit: Annotated[int | None, typer.Option(help="The first so many files of each kind only.")] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure what a visual tokenizer keeps of images and clips."""
-    from plait.tokenizers.evaluate import evaluate_folder
-    from plait.tokenizers.protocol import Protocol
+    """Measure what a tokenizer keeps of images and clips, or of sound."""
+    from plait.tokenizers.audio_evaluate import evaluate_audio_folder
+    from plait.tokenizers.evaluate import evaluate_folder, load_measured
+    from plait.tokenizers.protocol import AudioProtocol, Protocol
     from plait.train.progress import progress_bar
 
-    protocol = Protocol(size, crop, frames, fps)
+    measured = load_measured(name, modality)
+    of_sound = measured.kind == "audio"
+    refuse(
+        context,
+        ("size", "crop", "frames", "fps", "perceptual", "heads", "features") if of_sound
+        else ("seconds", "codebooks", "visqol", "opus", "keep"),
+        f"is for {'images and clips' if of_sound else 'sound'}, and {name} is of {'sound' if of_sound else 'images'}",
+    )  # fmt: skip
     with progress_bar("files") as advance:
-        facts, text = evaluate_folder(
-            name, folder, out, protocol, perceptual=perceptual, heads=heads, features=features, limit=limit,
-            device=device, advance=advance,
-        )  # fmt: skip
+        if of_sound:
+            facts, text = evaluate_audio_folder(
+                measured, name, folder, out, AudioProtocol(seconds), codebooks=codebooks, visqol=visqol, opus=opus,
+                limit=limit, keep=keep, device=device, advance=advance,
+            )  # fmt: skip
+        else:
+            facts, text = evaluate_folder(
+                measured, name, folder, out, Protocol(size, crop, frames, fps), perceptual=perceptual, heads=heads,
+                features=features, limit=limit, device=device, advance=advance,
+            )  # fmt: skip
     for line in facts["data"]["skipped"]:
         print(f"skipped {line}", file=sys.stderr)
     report(as_json, facts, text)
@@ -204,17 +233,26 @@ def tokenizer_eval(
 def tokenizer_export(
     name: Annotated[str, typer.Argument(metavar="TOK", help="A tokenizer's or bundle's folder, or a shipped name.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for encoder.onnx, decoder.onnx and export.json.")],
+    modality: Annotated[str, typer.Option(help="Which of a bundle's tokenizers: image or audio.")] = "image",
     size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Fix the models to this size, or to a square; any by default.")
+        str | None, typer.Option(metavar="HxW", help="Pictures: fix the models to this size, or to a square.")
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Models of clips of so many frames, not of images.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a visual tokenizer as ONNX models: pixels to codes, and codes to pixels."""
-    from plait.tokenizers.export import export_onnx, parse_size
-    from plait.tokenizers.loading import load_tokenizer
+    """Write a tokenizer as ONNX models: pixels or samples to codes, and codes back to them. Any size by default."""
+    from plait.tokenizers.export import export_onnx, export_sound, parse_size
+    from plait.tokenizers.loading import find_weights, load_tokenizer
 
-    facts = export_onnx(load_tokenizer(name, "image"), out, parse_size(size) if size else None, frames)
+    is_bundle = (find_weights(name) / "vocabulary.json").is_file()
+    loaded = load_tokenizer(name, modality if is_bundle else None)
+    if loaded.kind == "audio":
+        if size or frames is not None:
+            raise PlaitError("export: --size and --frames are for pictures; sound of any length goes in")
+        facts = export_sound(loaded, out)
+    else:
+        loaded = load_tokenizer(name, "image")
+        facts = export_onnx(loaded, out, parse_size(size) if size else None, frames)
     report(as_json, facts, f"wrote {out}/encoder.onnx, {out}/decoder.onnx and {out}/export.json")
 
 
@@ -222,41 +260,61 @@ def tokenizer_export(
 def tokenizer_encode(
     files: MediaFiles,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for NAME.codes.safetensors.")],
-    name: VisualName = "tiny-vision",
+    name: FilesTokenizer = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Scale the short side to so many pixels; native size by default.")
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of videos; their own by default.")] = None,
     tile: Tile = None,
+    n_codebooks: Annotated[
+        int | None, typer.Option(min=1, help="Of sound: the first so many codebooks; all by default.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Of sound: as many codebooks as fit into so many kbit/s.")
+    ] = None,
+    loudness: Annotated[
+        float | None, typer.Option(help="Of sound: bring it to this RMS level in dB first; decoding takes it back.")
+    ] = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Encode pictures (PNG, JPEG, WebP, GIF) and videos (MP4, WebM, animations) into files of codes."""
+    """Encode pictures, videos (MP4, WebM, animations) and sounds (WAV, FLAC, MP3, Ogg) into files of codes.
+
+    Of a video, a tokenizer of sound takes the sound track.
+    """
     from plait.tokenizers.files import encode_files
     from plait.train.progress import progress_bar
 
     with progress_bar("frames") as advance:
         written = encode_files(
-            files, out, name, size=size, fps=fps, tile=tile, device=device, overwrite=overwrite, advance=advance
-        )
+            files, out, name, size=size, fps=fps, tile=tile, n_codebooks=n_codebooks, bandwidth=bandwidth,
+            loudness=loudness, device=device, overwrite=overwrite, advance=advance,
+        )  # fmt: skip
     report_files(as_json, name, written)
 
 
 @tokenizer.command("decode")
 def tokenizer_decode(
     files: MediaFiles,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures and videos.")],
-    name: VisualName = "tiny-vision",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for pictures, videos and sounds.")],
+    name: FilesTokenizer = None,
     format: Annotated[
-        str | None, typer.Option(help="png, jpg, webp or gif; videos: mp4, webm, gif or webp. By default png and mp4.")
+        str | None,
+        typer.Option(
+            help="png, jpg, webp or gif; videos: mp4, webm, gif or webp; sounds: wav, flac, mp3 or ogg. The first of "
+            "each by default."
+        ),
     ] = None,
     tile: Tile = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Decode files of codes into pictures and videos. H.264 has even sides: an odd side of an mp4 grows by a pixel."""
+    """Decode files of codes into pictures, videos and sounds.
+
+    H.264 has even sides: an odd side of an mp4 grows by a pixel. Samples beyond ±1 are clipped, and counted.
+    """
     from plait.tokenizers.files import decode_files
     from plait.train.progress import progress_bar
 
@@ -320,9 +378,28 @@ def data_inspect(
     report(as_json, facts, text)
 
 
-def report_files(as_json: bool, tokenizer: str, written: list[Any]) -> None:
+def refuse(context: typer.Context, options: tuple[str, ...], reason: str) -> None:
+    """Refuse options that were given and would do nothing.
+
+    Raises:
+        PlaitError: the first of them, and why.
+    """
+    for option in options:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise PlaitError(f"--{option}: {reason}")
+
+
+def report_files(as_json: bool, tokenizer: str | None, written: list[Any]) -> None:
     """End a command that turned files into files."""
-    lines = [f"wrote {row.file} ({'×'.join(map(str, row.size))}, {row.seconds:.1f} s)" for row in written]
+
+    def facts(row: Any) -> str:
+        if row.modality != "audio":
+            return f"{'×'.join(map(str, row.size))}, {row.seconds:.1f} s"
+        clipped = f", {row.clipped} samples clipped" if row.clipped else ""
+        return f"{row.size[0] / row.sample_rate:.2f} s of sound, {row.real_time_factor:.3f} × real time{clipped}"
+
+    lines = [f"wrote {row.file} ({facts(row)})" for row in written]
     report(as_json, {"tokenizer": tokenizer, "files": [vars(row) for row in written]}, "\n".join(lines))
 
 
