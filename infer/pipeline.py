@@ -21,9 +21,11 @@ from plait.infer.generate import Request, generate
 from plait.infer.sampling import Sampling, restrict
 from plait.tokenizers.grammar import Cursor, Grammar, Span
 from plait.tokenizers.loading import find_weights
+from plait.tokenizers.media import Audio
 from plait.tokenizers.modalities import MODALITIES
 
 ROWS = 64  # requests that are generated together at most: each has its rows in the KV cache
+CHUNK = 0.25  # seconds of sound that `Model.stream` waits for before it decodes them
 
 
 @dataclass
@@ -41,13 +43,20 @@ class ImageRows:
 
 
 @dataclass
+class AudioChunk:
+    """Newly generated sound; the chunks of a span, one after the other, are the whole of it."""
+
+    audio: Audio
+
+
+@dataclass
 class Finished:
     """The last event of a stream: what was generated."""
 
     document: Document
 
 
-Event = TextDelta | ImageRows | Finished
+Event = TextDelta | ImageRows | AudioChunk | Finished
 
 
 @dataclass
@@ -150,21 +159,25 @@ class Model:
     def stream(
         self, *parts: Any, to: str, seed: int | None = None, max_tokens: int | None = None, **settings: Any
     ) -> Iterator[Event]:
-        """Generate and report on the way: text as it comes, an image after each row; `Finished` comes last."""
+        """Generate and report on the way; `Finished` comes last.
+
+        Text is reported as it comes, an image after each row, sound about every `CHUNK` seconds.
+        """
         request = self._requests(parts, to, 1, seed, settings, max_tokens)[0]
-        given = len(request.cursor.spans)
+        cursor, given = request.cursor, len(request.cursor.spans)
+        steps = generate(self.bundle.decoder, [request])
         shown: tuple[int, int] = (given, 0)  # span, and how much of it was reported
-        for _ in generate(self.bundle.decoder, [request]):
-            spans, open_span = request.cursor.spans, request.cursor.open
-            while shown[0] < len(spans):
-                yield from self._progress(spans[shown[0]], shown[1], True)
+        for _ in steps:
+            if cursor.open is not None and cursor.open[0] == "audio":
+                yield from self._sound(cursor, steps)
+                shown = (len(cursor.spans), 0)
+            while shown[0] < len(cursor.spans):
+                yield from self._progress(cursor.spans[shown[0]], shown[1], True)
                 shown = (shown[0] + 1, 0)
-            if open_span is not None and len(spans) == shown[0]:
-                modality, header, codes = open_span
-                for event in self._progress(self._partial(modality, header, codes), shown[1], False):
-                    shown = (shown[0], shown[1] + (len(event.text) if isinstance(event, TextDelta) else 1))
-                    yield event
-        yield Finished(self._document(request.cursor.spans[given:]))
+            for event in self._progress(cursor.partial(), shown[1], False):
+                shown = (shown[0], shown[1] + (len(event.text) if isinstance(event, TextDelta) else 1))
+                yield event
+        yield Finished(self._document(cursor.spans[given:]))
 
     @torch.no_grad()
     def score(self, *parts: Any, target: Any) -> Score:
@@ -295,18 +308,25 @@ class Model:
         prompt_spans = len(self._cursor(request.prompt, len(request.prompt)).spans)
         return self._document(request.cursor.spans[prompt_spans:])
 
-    def _partial(self, modality: str, header: tuple[int, ...], codes: list[int]) -> Span | None:
-        """The complete outermost steps of an open span, or None if there are none yet."""
-        axes = self.grammar.form(modality).grammar.axes
-        if not axes:
-            return Span(modality, torch.tensor(codes, dtype=torch.int64))
-        step = 1
-        for n in header[1:]:
-            step *= n
-        rows = len(codes) // step if len(header) == len(axes) else 0
-        if not rows:
-            return None
-        return Span(modality, torch.tensor(codes[: rows * step]).reshape(rows, *header[1:]))
+    def _sound(self, cursor: Cursor, steps: Iterator[Any]) -> Iterator[AudioChunk]:
+        """Decode the open span of sound while it is generated."""
+        tokenizer = self.tokenizer("audio")
+        for samples in tokenizer.decode_stream(self._sound_codes(cursor, steps, round(CHUNK * tokenizer.frame_rate))):
+            yield AudioChunk(Audio(samples[0].clamp(-1, 1).cpu(), tokenizer.sample_rate))
+
+    def _sound_codes(self, cursor: Cursor, steps: Iterator[Any], least: int) -> Iterator[Tensor]:
+        """The open span's codes in chunks of about so many steps; generation is carried on until the span ends."""
+        span, given, seen = len(cursor.spans), 0, 0
+        wait = max(1, least) * self.grammar.form("audio").layout.length(1)
+        while cursor.open is not None and len(cursor.spans) == span:
+            if len(cursor.open[2]) >= seen + wait and (so_far := cursor.partial()) is not None:
+                seen = len(cursor.open[2])
+                if so_far.codes.shape[-1] > given:
+                    yield so_far.codes[None, ..., given:]
+                given = so_far.codes.shape[-1]
+            next(steps, None)
+        if cursor.spans[span].codes.shape[-1] > given:
+            yield cursor.spans[span].codes[None, ..., given:]
 
     def _progress(self, span: Span | None, reported: int, complete: bool) -> Iterator[Event]:
         if span is None:
@@ -317,5 +337,5 @@ class Model:
             text = text if complete else text.rstrip("\ufffd")
             if len(text) > reported:
                 yield TextDelta(text[reported:])
-        elif span.modality == "image" and len(span.codes) > reported:
+        elif span.modality == "image" and span.codes.shape[-2] > reported:
             yield ImageRows(self._medium(span))

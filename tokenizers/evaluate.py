@@ -1,7 +1,7 @@
-"""`plait tokenizer eval`: what a visual tokenizer keeps of a folder of images and clips.
+"""`plait tokenizer eval` of pictures: what a visual tokenizer keeps of a folder of images and clips.
 
-`evaluate` measures; `evaluate_folder` loads, measures and writes the report. The report says how its figures were
-taken (see `Protocol`), since reconstruction figures compare only under one protocol.
+`evaluate` measures; `evaluate_folder` writes the report as well; sound has `audio_evaluate.py`. The report says how its
+figures were taken (see `Protocol`), since reconstruction figures compare only under one protocol.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 from plait.errors import PlaitError
 from plait.tokenizers.base import FORMAT_VERSION, make_folder, tensors_fingerprint, write_json
 from plait.tokenizers.features import Features, load_features
-from plait.tokenizers.loading import load_tokenizer
+from plait.tokenizers.loading import find_weights, load_tokenizer
 from plait.tokenizers.media import write_image
 from plait.tokenizers.metrics import (
     CodebookUse,
@@ -97,7 +97,7 @@ def evaluate(
     sheets: dict[str, Image.Image] = {}
     together = [CodebookUse(size) for size in tokenizer.codebook_sizes]
     for kind, group in groups.items():
-        measurement = _Measurement(tokenizer, kind, perceptual, features, _spread(len(group), SHOWN[kind]))
+        measurement = _Measurement(tokenizer, kind, perceptual, features, spread(len(group), SHOWN[kind]))
         for batch in batches(read_items(group, folder, kind == "clips", protocol, skipped)):
             measurement.add(batch)
             done += len(batch)
@@ -117,7 +117,7 @@ def evaluate(
     return {"data": data, "protocol": protocol.in_words() | MEASURES, **report}, sheets
 
 
-def _spread(count: int, most: int) -> set[int]:
+def spread(count: int, most: int) -> set[int]:
     """At most ``most`` of ``count`` indices, evenly spread."""
     return set(torch.linspace(0, count - 1, min(count, most)).round().long().tolist())
 
@@ -153,11 +153,11 @@ class _Measurement:
     def add(self, batch: list[Item]) -> None:
         """Reconstruct and measure items of one size."""
         pixels = torch.stack([item.pixels for item in batch]).to(self.tokenizer.device)
-        start = _now(pixels)
+        start = now(pixels)
         encoded = self.tokenizer.encode(pixels)
-        middle = _now(pixels)
+        middle = now(pixels)
         decoded = self.tokenizer.decode(encoded)
-        self.decoding += _now(pixels) - middle
+        self.decoding += now(pixels) - middle
         self.encoding += middle - start
 
         codes = encoded.codes if len(self.use) > 1 else encoded.codes.unsqueeze(1)  # [B, q, (t,) h, w]
@@ -244,7 +244,7 @@ def thumbnail(pixels: Tensor, grid: tuple[int, ...]) -> Tensor:
     return F.interpolate(video, pixels.shape[2:], mode="trilinear")
 
 
-def _now(like: Tensor) -> float:
+def now(like: Tensor) -> float:
     """Seconds, with the device's work done."""
     if like.is_cuda:
         torch.cuda.synchronize(like.device)
@@ -260,7 +260,25 @@ def _extent(values: Iterable[tuple[float, ...]]) -> str:
 # The command
 
 
+def load_measured(name: str, modality: str | None = None) -> Any:
+    """The tokenizer to evaluate.
+
+    Args:
+        name: a tokenizer's or bundle's folder, a checkpoint, or a shipped name.
+        modality: which of a bundle's tokenizers; by default that of images.
+
+    Raises:
+        PlaitError: it cannot be loaded, or is neither visual nor of sound.
+    """
+    in_bundle = (find_weights(name) / "vocabulary.json").is_file()
+    tokenizer = load_tokenizer(name, modality or ("image" if in_bundle else None))
+    if tokenizer.kind not in ("visual", "audio"):
+        raise PlaitError(f"{name}: is a {tokenizer.kind} tokenizer; images, video and audio can be measured")
+    return tokenizer
+
+
 def evaluate_folder(
+    tokenizer: Any,
     name: str,
     folder: Path,
     out: Path,
@@ -276,7 +294,8 @@ def evaluate_folder(
     """Evaluate a tokenizer and write ``report.json``, ``images.png`` and ``clips.png``.
 
     Args:
-        name: a tokenizer's or bundle's folder, a checkpoint, or a shipped name.
+        tokenizer: as in `evaluate`.
+        name: what the report calls it.
         folder: as in `evaluate`.
         out: folder for the report.
         protocol: as in `evaluate`.
@@ -293,7 +312,6 @@ def evaluate_folder(
     Raises:
         PlaitError: as `evaluate`, or something named here cannot be loaded or written to.
     """
-    tokenizer = load_tokenizer(name, "image")
     missing: dict[str, str] = {}
     distance = network = None
     try:

@@ -18,13 +18,21 @@ from torch import Tensor
 
 from plait.errors import PlaitError
 from plait.tokenizers.base import read_json
-from plait.tokenizers.pixels import PixelTokenizer
+from plait.tokenizers.network import NetworkTokenizer
 
 Tensors = dict[str, Tensor]
 
 # Modules with a `LAYOUTS` tuple.
-_MODULES = ("plait.tokenizers.emu3", "plait.tokenizers.vqgan", "plait.tokenizers.vidtok")
-_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_MODULES = (
+    "plait.tokenizers.emu3",
+    "plait.tokenizers.vqgan",
+    "plait.tokenizers.vidtok",
+    "plait.tokenizers.dac",
+    "plait.tokenizers.snac",
+    "plait.tokenizers.encodec",
+    "plait.tokenizers.mimi",
+)
+_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".th", ".bin")
 # Where training code wraps the weights in its checkpoints, the averaged ones first.
 _WRAPPERS = ("ema", "state_dict", "model")
 
@@ -37,7 +45,8 @@ class Layout:
         name: what to call it in errors, "LlamaGen" for instance.
         tokenizer: the class, as "module:Class".
         recognise: whether tensors of these names (with any prefix taken off by `rename`) are of this layout; the second
-            argument is the config.json beside them or {}, with the file's name (no suffix) as its "_name_or_path".
+            argument is the config.json beside them, with the file's name (no suffix) as its "_name_or_path" and, of
+            fields that it has not, those that the checkpoint's metadata gives.
         configure: the network's configuration, from the tensors' shapes and the same second argument.
         rename: the file's tensors → the network's own names and shapes; drops what the network has no use for (losses,
             counters).
@@ -50,7 +59,7 @@ class Layout:
     rename: Callable[[Tensors, Any], Tensors]
 
 
-def load_foreign(path: Path) -> PixelTokenizer | None:
+def load_foreign(path: Path) -> NetworkTokenizer | None:
     """Load another project's checkpoint: a weights file, or a folder that holds one (and perhaps a config.json).
 
     Returns:
@@ -66,7 +75,9 @@ def load_foreign(path: Path) -> PixelTokenizer | None:
     config = (read_json(beside) if beside.is_file() else {}) | {"_name_or_path": files[0].stem}
     tensors: Tensors = {}
     for file in files:
-        tensors |= read_checkpoint(file)
+        found, settings = _read(file)
+        tensors |= found
+        config = settings | config
     layouts = known_layouts()
     for layout in layouts:
         if layout.recognise(tensors, config):
@@ -82,7 +93,7 @@ def known_layouts() -> list[Layout]:
     return [layout for module in _MODULES for layout in import_module(module).LAYOUTS]
 
 
-def convert(tensors: Tensors, config: dict[str, Any], layout: Layout, where: Path | str) -> PixelTokenizer:
+def convert(tensors: Tensors, config: dict[str, Any], layout: Layout, where: Path | str) -> NetworkTokenizer:
     """Build a layout's network and fill it.
 
     Raises:
@@ -93,7 +104,7 @@ def convert(tensors: Tensors, config: dict[str, Any], layout: Layout, where: Pat
         settings = layout.configure(tensors, config)
         renamed = layout.rename(dict(tensors), settings)
         with torch.device("meta"):
-            tokenizer: PixelTokenizer = getattr(import_module(module), class_name)(settings)
+            tokenizer: NetworkTokenizer = getattr(import_module(module), class_name)(settings)
     except PlaitError as error:
         raise PlaitError(f"{where}: {error}") from None
     except KeyError as error:
@@ -170,6 +181,11 @@ def read_checkpoint(path: Path) -> Tensors:
     Raises:
         PlaitError: the file is broken, or needs Python objects to be unpickled, which would run its code.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors, and the settings of the network where the file tells them (DAC's do)."""
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -193,6 +209,8 @@ def read_checkpoint(path: Path) -> Tensors:
                 "safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, 'model.safetensors')"
             ) from None
         raise PlaitError(f"{path}: not a readable checkpoint ({_first_line(error)}); copy it again") from None
+    metadata = content.get("metadata") if isinstance(content, dict) else None
+    settings = metadata.get("kwargs") if isinstance(metadata, dict) else None
     for _ in _WRAPPERS:
         inner = (content[w] for w in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(w), dict))
         content = next((found for found in inner if found), content)
@@ -201,7 +219,35 @@ def read_checkpoint(path: Path) -> Tensors:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise PlaitError(f"{path}: holds no tensors; expected a checkpoint's state_dict")
-    return tensors
+    return tensors, settings if isinstance(settings, dict) else {}
+
+
+# How the two forms of weight norm in PyTorch end the names of magnitude and direction.
+_NORMED = {"weight_g": "weight_v", "parametrizations.weight.original0": "parametrizations.weight.original1"}
+
+
+def fold_weight_norm(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Weights in place of their magnitudes and directions (Salimans & Kingma, 2016, arXiv 1602.07868).
+
+    ``weight = g · v / |v|``, the norm being over all axes but the first, as in PyTorch.
+
+    Raises:
+        PlaitError: a magnitude has another shape than one number for each along the first axis.
+    """
+    folded = dict(tensors)
+    for name, magnitude in tensors.items():
+        for end, other in _NORMED.items():
+            stem = name.removesuffix(end)
+            if name == stem or (direction := tensors.get(stem + other)) is None:
+                continue
+            if magnitude.shape != (*direction.shape[:1], *[1] * (direction.ndim - 1)):
+                raise PlaitError(
+                    f"tensor {name!r} has shape {tuple(magnitude.shape)}, which does not fit its direction"
+                )
+            norm = direction.float().flatten(1).norm(dim=1).view(magnitude.shape)
+            del folded[name], folded[stem + other]
+            folded[stem + "weight"] = direction.float() * (magnitude.float() / norm)
+    return folded
 
 
 def _first_line(error: Exception) -> str:

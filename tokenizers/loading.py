@@ -16,6 +16,11 @@ _CLASSES = {
     "visual/emu3": "plait.tokenizers.emu3:Emu3Tokenizer",
     "visual/vqgan": "plait.tokenizers.vqgan:VQGANTokenizer",
     "visual/vidtok": "plait.tokenizers.vidtok:VidTokTokenizer",
+    "audio/plait": "plait.tokenizers.audio:AudioTokenizer",
+    "audio/dac": "plait.tokenizers.dac:DACTokenizer",
+    "audio/snac": "plait.tokenizers.snac:SNACTokenizer",
+    "audio/encodec": "plait.tokenizers.encodec:EnCodecTokenizer",
+    "audio/mimi": "plait.tokenizers.mimi:MimiTokenizer",
 }
 
 
@@ -77,7 +82,7 @@ def _load(path: Path) -> Any:
             raise PlaitError(f"{path / 'config.json'}: no such file, and no checkpoint of another project is there")
         return tokenizer
     kind = str(config["tokenizer"])
-    kind += f"/{config.get('architecture', 'plait')}" if kind == "visual" else ""
+    kind += f"/{config.get('architecture', 'plait')}" if kind in ("visual", "audio") else ""
     if kind not in _CLASSES:
         raise PlaitError(f"{path}/config.json: tokenizer is {kind!r}, this plait knows {', '.join(_CLASSES)}")
     module, class_name = _CLASSES[kind].split(":")
@@ -124,6 +129,19 @@ def _describe(name: str, tokenizer: Any) -> dict[str, Any]:
         row |= {
             "architecture": tokenizer.architecture,
             "pixels per code": f"{tokenizer.factor}×{tokenizer.factor}" + (f"×{frames} frames" if frames > 1 else ""),
+            "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        }
+    if tokenizer.kind == "audio":
+        codebooks = len(tokenizer.codebook_sizes)
+        row |= {
+            "architecture": tokenizer.architecture,
+            "sample rate": tokenizer.sample_rate,
+            "channels": tokenizer.channels,
+            "samples per step": tokenizer.factor,
+            "steps per second": round(tokenizer.frame_rate, 3),
+            "codebooks": codebooks,
+            "codes per second": round(tokenizer.frame_rate * codebooks, 3),
+            "kbit/s": round(tokenizer.bitrate / 1000, 4),
             "parameters": sum(p.numel() for p in tokenizer.parameters()),
         }
     return row | {"fingerprint": tokenizer.fingerprint[:16]}

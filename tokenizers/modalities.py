@@ -15,18 +15,31 @@ from plait.errors import PlaitError
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a code grid; ``mark`` is the special token after each step along it."""
+    """One axis of a code grid.
+
+    Attributes:
+        name: for messages.
+        mark: the special token after each step along it; the innermost axis has none.
+        digits: number tokens in the header that give its size, the highest first, base 1,024.
+    """
 
     name: str
     mark: str | None = None
+    digits: int = 1
 
 
 @dataclass(frozen=True)
 class SpanGrammar:
-    """A modality's span: begin, one number token per axis, codes with marks, end. No axes: codes of any length."""
+    """A modality's span: begin, the axes' sizes as number tokens, codes with marks, end. No axes: codes of any length.
+
+    Where a step of the innermost axis has codes of several codebooks, a layout puts them in order.
+    """
 
     modality: str
     axes: tuple[Axis, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not (self.axes and self.axes[-1].mark), "the innermost axis has no mark"
 
     @property
     def begin(self) -> str:
@@ -53,7 +66,7 @@ class Modality:
         grammar: the span's declaration.
         extension: of the files that `plait generate` writes.
         read: a file's bytes and its name (for errors) → the medium.
-        encode: tokenizer, medium → codes, int64, one dimension per axis.
+        encode: tokenizer, medium → codes, int64, one dimension per axis, after that of codebooks if there are several.
         decode: tokenizer, codes → the medium.
         write: medium → a file's bytes.
     """
@@ -101,6 +114,31 @@ def _write_image(image: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _read_audio(data: bytes, name: str) -> Any:
+    from plait.tokenizers.sound import read_sound
+
+    return read_sound(data, name)
+
+
+def _encode_audio(tokenizer: Any, audio: Any) -> Tensor:
+    from plait.tokenizers.sound import to_samples
+
+    codes: Tensor = tokenizer.encode(to_samples(audio, tokenizer.sample_rate, tokenizer.channels)).codes[0]
+    return codes
+
+
+def _decode_audio(tokenizer: Any, codes: Tensor) -> Any:
+    from plait.tokenizers.media import Audio
+
+    return Audio(tokenizer.decode(codes[None])[0].clamp(-1, 1).cpu(), tokenizer.sample_rate)
+
+
+def _write_audio(audio: Any) -> bytes:
+    from plait.tokenizers.sound import write_sound_bytes
+
+    return write_sound_bytes(audio)
+
+
 MODALITIES: dict[str, Modality] = {
     "text": Modality(
         tokenizer="text",
@@ -119,5 +157,15 @@ MODALITIES: dict[str, Modality] = {
         encode=_encode_image,
         decode=_decode_image,
         write=_write_image,
+    ),
+    "audio": Modality(
+        tokenizer="audio",
+        # Two digits: a minute has more than 1,023 steps. Steps and not seconds, as those need not be whole numbers.
+        grammar=SpanGrammar("audio", axes=(Axis("steps", digits=2),)),
+        extension=".wav",
+        read=_read_audio,
+        encode=_encode_audio,
+        decode=_decode_audio,
+        write=_write_audio,
     ),
 }

@@ -22,6 +22,14 @@ from plait.tokenizers.base import (
     write_tensors,
 )
 
+# Fields that configurations were given later, with the value that changes nothing: the fingerprints of tokenizers that
+# were saved before must stay as they are.
+_LATER = {"code_dim": 0}
+
+
+def _without_later(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in fields if name not in _LATER or value != _LATER[name]}
+
 
 class NetworkTokenizer(nn.Module, Tokenizer):
     """Encoder, quantizer and decoder, stored as a folder.
@@ -57,7 +65,8 @@ class NetworkTokenizer(nn.Module, Tokenizer):
         return tensors_fingerprint(self._fingerprint_settings(), tensors)
 
     def _fingerprint_settings(self) -> dict[str, Any]:
-        settings = {k: v for k, v in asdict(self.config).items() if k not in self.decoder_settings}
+        config = asdict(self.config, dict_factory=_without_later)
+        settings = {k: v for k, v in config.items() if k not in self.decoder_settings}
         return settings | {
             "architecture": self.architecture,
             "quantizer_spec": self.quantizer.SPEC_VERSION,

@@ -1,9 +1,11 @@
-"""What an evaluation measures on: a folder's images and clips, as the pixels that a `Protocol` makes of them."""
+"""What an evaluation measures on: a folder's images and clips as the pixels that a `Protocol` makes of them, or its
+sounds as the samples that an `AudioProtocol` makes of them.
+"""
 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +15,11 @@ from torch import Tensor
 
 from plait.errors import PlaitError
 from plait.tokenizers.media import EXTENSIONS, modality_of, read_image, to_pixels
+from plait.tokenizers.sound import stream_sound
 from plait.tokenizers.video import is_clip, stream_video
 
 # Items of one size are batched up to this many pixels, which bounds memory.
 BATCH_PIXELS = 2**19
-
-_SUFFIXES = (*EXTENSIONS["image"], *EXTENSIONS["video"])
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,51 @@ class Protocol:
         }
 
 
+@dataclass(frozen=True)
+class AudioProtocol:
+    """How files of sound become what is measured.
+
+    Attributes:
+        seconds: of a file, at most, from its start.
+    """
+
+    seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seconds, bool) or not 0 < self.seconds < math.inf:
+            raise PlaitError(f"seconds: is {self.seconds!r}, must be a number above 0")
+
+    def in_words(self, sample_rate: int, channels: int) -> dict[str, str]:
+        """What one must do alike to get figures that compare.
+
+        Args:
+            sample_rate: the tokenizer's, Hz.
+            channels: the tokenizer's.
+        """
+        return {
+            "rate": f"originals resampled to {sample_rate} Hz, the tokenizer's rate, before all else: what lies above "
+            f"{sample_rate / 2000:g} kHz is in no figure",
+            "channels": "mixed into one" if channels == 1 else f"{channels}; one is taken for each of them",
+            "length": f"the first {self.seconds:g} seconds of a file, a shorter one as it is",
+            "level": "as in the file, clamped to [-1, 1], as is the reconstruction",
+            "alignment": "none: sample by sample, at the length that went in",
+        }
+
+    def read(self, path: Path, sample_rate: int, channels: int) -> Tensor:
+        """A file's sound, float32 ``[channels, n]`` in ``[-1, 1]``.
+
+        Raises:
+            PlaitError: the file is missing, broken or holds no sound.
+        """
+        left, parts = max(1, round(self.seconds * sample_rate)), []
+        for chunk in stream_sound(path, sample_rate, channels):
+            parts.append(chunk[:, :left])
+            left -= parts[-1].shape[1]
+            if not left:
+                break
+        return torch.cat(parts, 1).clamp(-1, 1)
+
+
 @dataclass
 class Item:
     """One image ``[3, H, W]`` or clip ``[3, T, H, W]``, float32 in ``[-1, 1]``."""
@@ -73,8 +119,12 @@ class Item:
     rate: float = 0.0
 
 
-def find_media(folder: Path) -> tuple[list[Path], list[str]]:
-    """A folder's images and clips: those that its ``manifest.jsonl`` names, in its order, else all, by path.
+def find_media(folder: Path, modalities: Sequence[str] = ("image", "video")) -> tuple[list[Path], list[str]]:
+    """A folder's media files: those that its ``manifest.jsonl`` names, in its order, else all, by path.
+
+    Args:
+        folder: searched recursively.
+        modalities: what to look for, by extension (`EXTENSIONS`).
 
     Returns:
         the paths, and a line for each row of the manifest that was left out.
@@ -86,7 +136,7 @@ def find_media(folder: Path) -> tuple[list[Path], list[str]]:
         raise PlaitError(f"{folder}: no such folder")
     manifest = folder / "manifest.jsonl"
     if not manifest.is_file():
-        found = [path for path in folder.rglob("*") if modality_of(path) in ("image", "video") and path.is_file()]
+        found = [path for path in folder.rglob("*") if modality_of(path) in modalities and path.is_file()]
         return sorted(found), []
     paths: dict[Path, None] = {}  # ordered, and a picture with several captions counts once
     skipped = []
@@ -104,8 +154,9 @@ def find_media(folder: Path) -> tuple[list[Path], list[str]]:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             skipped.append(f"{manifest}:{number}: {name} lies outside {folder}")
-        elif modality_of(path) not in ("image", "video"):
-            skipped.append(f"{manifest}:{number}: {name} ends in none of {', '.join(_SUFFIXES)}")
+        elif modality_of(path) not in modalities:
+            suffixes = ", ".join(suffix for modality in modalities for suffix in EXTENSIONS[modality])
+            skipped.append(f"{manifest}:{number}: {name} ends in none of {suffixes}")
         else:
             paths[path] = None
     return list(paths), skipped

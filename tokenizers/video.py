@@ -186,7 +186,7 @@ class VideoWriter:
         for frame in frames.cpu().numpy():
             try:
                 self._write(frame)
-            except _av_errors() as error:
+            except av_errors() as error:
                 raise self._failed(error) from None
 
     def __exit__(
@@ -214,7 +214,7 @@ class VideoWriter:
             self._container.close()
             self._file.close()
             self._temporary.replace(self._path)
-        except _av_errors() as error:
+        except av_errors() as error:
             raise self._failed(error) from None
 
     def _write(self, array: Frame) -> None:
@@ -288,7 +288,8 @@ def _with_palette(array: Frame) -> tuple[Frame, Frame]:
     return np.asarray(image), palette
 
 
-def _av_errors() -> tuple[type[Exception], ...]:
+def av_errors() -> tuple[type[Exception], ...]:
+    """What PyAV raises on files that it cannot read or write."""
     from av.error import FFmpegError
 
     return FFmpegError, OSError, ValueError
@@ -305,7 +306,7 @@ def _frames(path: Path) -> _Frames:
     with pillow_errors(name), path.open("rb") as file:
         head = file.read(12)
         try:
-            image = None if _container_of(head) else Image.open(path)
+            image = None if container_of(head) else Image.open(path)
         except UnidentifiedImageError:
             raise PlaitError(f"{name}: neither a picture nor a video that can be read (MP4, WebM)") from None
     source = _film(path, head) if image is None else _animation(image, name)
@@ -342,8 +343,8 @@ def _animation(image: Image.Image, name: str) -> _Frames:
             yield _facts(frame, 1000 * count / milliseconds, count), frame
 
 
-def _container_of(head: bytes) -> str | None:
-    """FFmpeg's reader for a file that begins so."""
+def container_of(head: bytes) -> str | None:
+    """FFmpeg's reader for a film that begins so."""
     if head[:4] == b"\x1aE\xdf\xa3":
         return "matroska"
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"mif1", b"avif", b"avis"):
@@ -357,12 +358,12 @@ def _film(path: Path, head: bytes) -> _Frames:
     name = str(path)
     # The reader is named, as FFmpeg goes by the extension first; and a file object is no playlist or address to it.
     with path.open("rb") as file:
-        if not _is_whole(file):
+        if not is_whole(file):
             raise PlaitError(f"{name}: cut off before its end; copy or download it again")
         try:
-            with av.open(file, format=_container_of(head)) as container:
+            with av.open(file, format=container_of(head)) as container:
                 yield from _decoded(container, name)
-        except _av_errors() as error:
+        except av_errors() as error:
             if isinstance(error, PlaitError):
                 raise
             reason = getattr(error, "strerror", None) or error
@@ -413,7 +414,7 @@ def _to_rgb(frame: Any) -> Frame:
     return np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90)))
 
 
-def _is_whole(file: IO[bytes]) -> bool:
+def is_whole(file: IO[bytes]) -> bool:
     """Whether a film's outermost parts end within the file; of a shorter one FFmpeg shows the beginning as if all.
 
     Formats: boxes of ISO/IEC 14496-12, elements of RFC 8794.

@@ -7,13 +7,14 @@ ids) and trained embedding rows keep their meaning.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from plait.errors import PlaitError
 from plait.tokenizers.base import FORMAT_VERSION, Tokenizer, check_format_version, read_json, write_json
+from plait.tokenizers.layouts import Interleave, Layout, build_layout
 from plait.tokenizers.modalities import MODALITIES
 
 NUMBERS = 1024
@@ -37,10 +38,28 @@ class Block:
 
 @dataclass(frozen=True)
 class ModalityEntry:
-    """Which tokenizer makes a modality's codes, and which block each of its codebooks has."""
+    """Which tokenizer makes a modality's codes, which block each of its codebooks has, and how they become one stream.
+
+    The layout is as `build_layout` takes it.
+    """
 
     tokenizer: str
     blocks: tuple[str, ...]
+    layout: str = "flatten"
+
+    def build_layout(self) -> Layout:
+        """The layout.
+
+        Raises:
+            PlaitError: it is none, does not fit the codebooks, or predicts several codes at once.
+        """
+        layout = build_layout(self.layout, len(self.blocks))
+        if layout.heads > 1:
+            raise PlaitError(
+                f"layout: {self.layout} predicts {layout.heads} codes at once, plait's decoder one; "
+                "use flatten or delay"
+            )
+        return layout
 
 
 @dataclass(frozen=True)
@@ -52,23 +71,49 @@ class Vocabulary:
     tokenizers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, tokenizers: Mapping[str, Tokenizer], modalities: Iterable[str]) -> Self:
+    def build(
+        cls,
+        tokenizers: Mapping[str, Tokenizer],
+        modalities: Iterable[str],
+        layouts: Mapping[str, str] | None = None,
+    ) -> Self:
         """A vocabulary for these tokenizers (by the name of their folder) and modalities.
 
+        Args:
+            tokenizers: those of the modalities; others are left out.
+            modalities: in the order of their blocks.
+            layouts: by modality, as in `grow`.
+
         Raises:
-            PlaitError: an unknown modality, or one whose tokenizer is not given.
+            PlaitError: an unknown modality, one whose tokenizer is not given, or as `grow`.
         """
+        modalities, layouts = list(modalities), layouts or {}
+        if strangers := sorted(set(layouts) - set(modalities)):
+            raise PlaitError(f"layouts: names {strangers[0]!r}, the modalities are {', '.join(modalities)}")
         vocabulary = cls()._with_block("special", tokens=(PAD, BOS, EOS))._with_block("number", NUMBERS)
         for name in modalities:
             if name not in MODALITIES:
                 raise PlaitError(f"vocabulary: no modality is called {name!r}; there are {', '.join(MODALITIES)}")
             if MODALITIES[name].tokenizer not in tokenizers:
                 raise PlaitError(f"vocabulary: {name} needs a tokenizer called {MODALITIES[name].tokenizer!r}; add it")
-            vocabulary = vocabulary.grow(name, MODALITIES[name].tokenizer, tokenizers[MODALITIES[name].tokenizer])
+            tokenizer_name = MODALITIES[name].tokenizer
+            vocabulary = vocabulary.grow(name, tokenizer_name, tokenizers[tokenizer_name], layouts.get(name))
         return vocabulary
 
-    def grow(self, modality: str, tokenizer_name: str, tokenizer: Tokenizer) -> Self:
-        """Add a modality: its special tokens, and its tokenizer's codebooks unless another modality brought them."""
+    def grow(self, modality: str, tokenizer_name: str, tokenizer: Tokenizer, layout: str | None = None) -> Self:
+        """Add a modality: its special tokens, and its tokenizer's codebooks unless another modality brought them.
+
+        Args:
+            modality: its name in the registry.
+            tokenizer_name: the tokenizer's folder in a bundle.
+            tokenizer: which makes the modality's codes.
+            layout: how the codes of several codebooks become one stream, as `build_layout` takes it; by default the
+                tokenizer's own, else "flatten".
+
+        Raises:
+            PlaitError: the modality is there already, the tokenizer is another one than the vocabulary's, or the layout
+                does not fit its codes or the decoder.
+        """
         if modality in self.modalities:
             raise PlaitError(f"vocabulary: has {modality} already")
         grown = self._with_block(f"special.{modality}", tokens=MODALITIES[modality].grammar.tokens)
@@ -80,7 +125,7 @@ class Vocabulary:
             raise PlaitError(f"vocabulary: was built with another {tokenizer_name} tokenizer (fingerprints differ)")
         return type(self)(
             grown.blocks,
-            {**self.modalities, modality: ModalityEntry(tokenizer_name, names)},
+            {**self.modalities, modality: _with_layout(ModalityEntry(tokenizer_name, names), tokenizer, layout)},
             {**self.tokenizers, tokenizer_name: tokenizer.fingerprint},
         )
 
@@ -128,7 +173,10 @@ class Vocabulary:
         try:
             vocabulary = cls(
                 tuple(Block(**{**row, "tokens": tuple(row.get("tokens", ()))}) for row in content["blocks"]),
-                {name: ModalityEntry(e["tokenizer"], tuple(e["blocks"])) for name, e in content["modalities"].items()},
+                {
+                    name: ModalityEntry(e["tokenizer"], tuple(e["blocks"]), e.get("layout", "flatten"))
+                    for name, e in content["modalities"].items()
+                },
                 dict(content["tokenizers"]),
             )
             problem = vocabulary._problem()
@@ -158,6 +206,10 @@ class Vocabulary:
                 return f"modality {name!r} has no blocks or no tokenizer; restore the file"
             if missing := [block for block in entry.blocks if block not in self._by_name]:
                 return f"modality {name!r} uses block {missing[0]!r}, which is not there; restore the file"
+            try:
+                entry.build_layout()
+            except PlaitError as error:
+                return f"modality {name!r}: {error}"
             tokens |= set(MODALITIES[name].grammar.tokens)
         if lost := tokens - set(self._special):
             return f"special token {min(lost)} is missing; restore the file"
@@ -165,7 +217,11 @@ class Vocabulary:
 
     def _content(self) -> dict[str, Any]:
         rows = [{k: v for k, v in asdict(block).items() if v != ()} for block in self.blocks]
-        entries = {name: asdict(entry) for name, entry in self.modalities.items()}
+        # An entry without layout is what earlier versions wrote and fingerprinted.
+        entries = {
+            name: {k: v for k, v in asdict(entry).items() if (k, v) != ("layout", "flatten")}
+            for name, entry in self.modalities.items()
+        }
         return {"blocks": rows, "modalities": entries, "tokenizers": dict(self.tokenizers)}
 
     def _with_block(self, name: str, size: int = 0, tokens: tuple[str, ...] = ()) -> Self:
@@ -182,3 +238,14 @@ class Vocabulary:
     @cached_property
     def _special(self) -> dict[str, int]:
         return {token: block.start + i for block in self.blocks for i, token in enumerate(block.tokens)}
+
+
+def _with_layout(entry: ModalityEntry, tokenizer: Tokenizer, layout: str | None) -> ModalityEntry:
+    """The entry with the layout that is wanted, if the tokenizer's codes can have it."""
+    own = getattr(tokenizer, "layout", None)  # of codes that are one stream already
+    entry = replace(entry, layout=layout or own or "flatten")
+    built = entry.build_layout()
+    if built.spec != own and (own or isinstance(built, Interleave)):
+        mend = f"are one stream already, {own!r}; leave it out" if own else "have no levels; use flatten or delay"
+        raise PlaitError(f"layout: {layout!r} does not fit this tokenizer: its codes {mend}")
+    return replace(entry, layout=built.spec)

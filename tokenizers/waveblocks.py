@@ -25,11 +25,11 @@ class Snake(nn.Module):
         return x + (self.alpha * x).sin().square() / (self.alpha + 1e-9)
 
 
-def dilated_unit(channels: int, dilation: int, causal: bool) -> Residual:
+def dilated_unit(channels: int, dilation: int, causal: bool, groups: int = 1) -> Residual:
     """SEANet's residual unit as DAC has it: a dilated convolution of seven taps, and one over channels."""
     return Residual(
         Snake(channels),
-        Conv1d(channels, channels, 7, dilation=dilation, causal=causal),
+        Conv1d(channels, channels, 7, dilation=dilation, groups=groups, causal=causal),
         Snake(channels),
         Conv1d(channels, channels, 1),
     )
@@ -121,7 +121,7 @@ class Synthesis(nn.Module, Streamed):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """``[B, C, T]`` → ``[B, out, T · hop]`` over the whole signal."""
         steps = x.shape[-1]
-        y = self.head(x, stream).unflatten(1, (self.out, 2, -1))
+        y = self.head(x, stream).float().unflatten(1, (self.out, 2, -1))  # autocast: no spectra of bfloat16
         magnitude, phase = y[:, :, 0].clamp(max=6).exp(), y[:, :, 1]
         spectra = torch.complex(magnitude * phase.cos(), magnitude * phase.sin()).transpose(2, 3)
         if steps:

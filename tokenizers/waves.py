@@ -101,6 +101,14 @@ class WaveTokenizer(NetworkTokenizer):
             count += left >= 0
         return max(1, count)
 
+    def steps_of(self, samples: int) -> int:
+        """How many steps of codes so many samples become."""
+        return -(-samples // self.factor)
+
+    def samples_of(self, steps: int) -> int:
+        """How many samples at most became so many steps of codes."""
+        return steps * self.factor
+
     # Codes
 
     @torch.no_grad()
@@ -137,15 +145,16 @@ class WaveTokenizer(NetworkTokenizer):
         if valid is not None:
             there = torch.arange(samples.shape[-1], device=samples.device) < valid.to(samples.device)[:, None, None]
             samples = samples.where(there, 0)
-        scale = None if loudness is None else _gain(samples, valid, loudness)
-        codes = torch.cat(list(self.encode_stream([samples], count, scale)), -1)
+        gain = None if loudness is None else _gain(samples, valid, loudness)
+        codes, scales = zip(*self.encode_scaled([samples], count, gain), strict=True)
+        scale = scales[0]
         return Codes(
-            codes,
+            torch.cat(codes, -1),
             "audio",
             size=(samples.shape[-1],),
-            lengths=None if valid is None else -(-valid // self.factor),
+            lengths=None if valid is None else valid.new_tensor([self.steps_of(n) for n in valid.tolist()]),
             sample_rate=self.sample_rate,
-            scale=scale,
+            scale=scale if scale is None or scale.ndim == 1 else torch.cat(scales, 1),
             fingerprint=self.fingerprint,
         )
 
@@ -166,6 +175,27 @@ class WaveTokenizer(NetworkTokenizer):
         Raises:
             PlaitError: as `encode`, or chunks of different shapes.
         """
+        for codes, _ in self.encode_scaled(chunks, n_codebooks, scale):
+            yield codes
+
+    @torch.no_grad()
+    def encode_scaled(
+        self, chunks: Iterable[Tensor], n_codebooks: int | None = None, scale: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """As `encode_stream`, with what the samples were divided by; for tokenizers that level parts by themselves.
+
+        Args:
+            chunks: ``[B, C, n]`` each, n ≥ 1.
+            n_codebooks: as in `encode`.
+            scale: what to divide the samples by, float ``[B]``.
+
+        Yields:
+            codes, and what to give `decode_stream` as ``scale``: float ``[B]`` of the whole sound, or ``[B, s]`` of
+            these codes' s segments, to be joined along dim 1; or None.
+
+        Raises:
+            PlaitError: as `encode_stream`.
+        """
         self._check_codebooks(n_codebooks)
         stream = Stream()
         for chunk, last in _with_last(self._regrouped(chunks)):
@@ -176,7 +206,7 @@ class WaveTokenizer(NetworkTokenizer):
                     samples = samples / scale.to(samples)[:, None, None]
                 codes = self._encode_chunk(samples, stream, n_codebooks)
             if codes.shape[-1]:
-                yield codes  # outside, or the consumer's own autocast would be off
+                yield codes, scale  # outside, or the consumer's own autocast would be off
 
     @torch.no_grad()
     def decode(self, codes: Codes | Tensor, size: tuple[int, ...] | None = None) -> Tensor:
@@ -204,7 +234,8 @@ class WaveTokenizer(NetworkTokenizer):
         samples = torch.cat(list(self.decode_stream([codes], size, scale)), -1)
         if lengths is not None:
             there = torch.arange(samples.shape[-1], device=samples.device)
-            samples = samples.where(there < lengths.to(there)[:, None, None] * self.factor, 0)
+            ends = torch.tensor([self.samples_of(n) for n in lengths.tolist()], device=there.device)
+            samples = samples.where(there < ends[:, None, None], 0)
         return samples
 
     @torch.no_grad()
@@ -216,7 +247,7 @@ class WaveTokenizer(NetworkTokenizer):
         Args:
             chunks: ``[B, t]`` each, with the codebook axis at dim 1 if there are several.
             size: (N,) samples to crop to.
-            scale: what to multiply the samples by, float ``[B]``.
+            scale: what to multiply the samples by, float ``[B]``; or as `encode_scaled` gave it.
 
         Yields:
             ``[B, C, n]``.
@@ -224,25 +255,34 @@ class WaveTokenizer(NetworkTokenizer):
         Raises:
             PlaitError: as `decode`, or chunks of different shapes.
         """
-        left, given, stream = _checked_size(size), 0, Stream()
-        steps = max(1, round(CHUNK * self.frame_rate))
-        split = (part for chunk in self._checked_steps(chunks) for part in chunk.split(steps, -1))
-        for part, last in _with_last(split):
-            stream.last = last
-            given += part.shape[-1]
-            with torch.autocast(self.device.type, enabled=False):
-                samples = self._decode_chunk(part.to(self.device, torch.int64), stream)
-            if scale is not None:
-                samples = samples * scale.to(samples)[:, None, None]
+        left, given = _checked_size(size), 0
+
+        def counted() -> Iterator[Tensor]:
+            nonlocal given
+            for chunk in self._checked_steps(chunks):
+                given += chunk.shape[-1]
+                yield chunk
+
+        for samples in self._decoded(counted(), left, scale):
             if left is not None:
                 samples = samples[..., :left]
                 left -= samples.shape[-1]
             if samples.shape[-1]:
                 yield samples
-        if size is not None and math.ceil(size[0] / self.factor) != given:
+        if size is not None and self.steps_of(size[0]) != given:
             raise PlaitError(
                 f"size: {size[0]} samples do not fit {given} steps of codes; give the size that was encoded"
             )
+
+    def _decoded(self, chunks: Iterable[Tensor], size: int | None, scale: Tensor | None) -> Iterator[Tensor]:
+        """Codes in chunks → samples in chunks, scaled, not yet cropped to the size."""
+        stream = Stream()
+        steps = max(1, round(CHUNK * self.frame_rate))
+        for part, last in _with_last(part for chunk in chunks for part in chunk.split(steps, -1)):
+            stream.last = last
+            with torch.autocast(self.device.type, enabled=False):
+                samples = self._decode_chunk(part.to(self.device, torch.int64), stream)
+            yield samples if scale is None else samples * scale.to(samples)[:, None, None]
 
     # The two chunk passes
 
@@ -290,9 +330,7 @@ class WaveTokenizer(NetworkTokenizer):
         if not samples.is_floating_point():
             raise PlaitError(f"samples: dtype is {samples.dtype}, expected floating point in [-1, 1]")
         if not samples.isfinite().all():
-            raise PlaitError(
-                "samples: values are not finite; replace NaN and infinity, say with torch.nan_to_num"
-            )
+            raise PlaitError("samples: values are not finite; replace NaN and infinity, say with torch.nan_to_num")
 
     def _checked_count(self, n_codebooks: int | None, bandwidth: float | None) -> int | None:
         if bandwidth is None:

@@ -5,6 +5,9 @@ A discriminator that joins late and at full weight ruins reconstructions. So it 
 steps. All losses take logits of any shape and return a scalar.
 """
 
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +41,20 @@ def non_saturating_generator(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
-_LOSSES = {
+def least_squares_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """``mean (1 − real)² + mean fake²``, in ``[0, ∞)`` (arXiv 1611.04076)."""
+    return (1 - real).square().mean() + fake.square().mean()
+
+
+def least_squares_generator(fake: Tensor) -> Tensor:
+    """``mean (1 − fake)²``, in ``[0, ∞)``."""
+    return (1 - fake).square().mean()
+
+
+LOSSES = {
     "hinge": (hinge_discriminator, hinge_generator),
     "non_saturating": (non_saturating_discriminator, non_saturating_generator),
+    "least_squares": (least_squares_discriminator, least_squares_generator),
 }
 
 
@@ -106,35 +120,27 @@ def adaptive_weight(
 
 
 @dataclass(frozen=True)
-class AdversarialConfig:
-    """How a decoder is trained against a discriminator.
+class AdversarialSchedule:
+    """How a decoder is trained against a discriminator, whatever they are networks of.
 
     Attributes:
         weight: of the adversarial loss once the ramp is over; 0 turns adversarial training off.
-        loss: "hinge" or "non_saturating".
-        adaptive: multiply ``weight`` by `adaptive_weight` in every step.
-        lecam: weight of the `LeCam` regulariser in the discriminator's loss.
+        loss: "hinge", "non_saturating" or "least_squares".
         start_discriminator: first step that trains the discriminator.
         start_generator: first step in which the decoder gets the adversarial loss.
         ramp: steps over which its weight grows linearly from there.
-        discriminator: the network.
     """
 
     weight: float = 0.0
     loss: str = "hinge"
-    adaptive: bool = False
-    lecam: float = 0.0
     start_discriminator: int = 1
     start_generator: int = 1
     ramp: int = 0
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def __post_init__(self) -> None:
-        if self.loss not in _LOSSES:
-            raise PlaitError(f"adversarial: loss is {self.loss!r}, must be {' or '.join(map(repr, _LOSSES))}")
-        for name in ("weight", "lecam"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise PlaitError(f"adversarial: {name} is {getattr(self, name)!r}, must be a number of at least 0")
+        if self.loss not in LOSSES:
+            raise PlaitError(f"adversarial: loss is {self.loss!r}, must be {' or '.join(map(repr, LOSSES))}")
+        self._check_weights("weight")
         for name, least in (("start_discriminator", 0), ("start_generator", 0), ("ramp", 0)):
             if type(number := getattr(self, name)) is not int or number < least:
                 raise PlaitError(f"adversarial: {name} is {number!r}, must be a whole number of at least {least}")
@@ -144,8 +150,88 @@ class AdversarialConfig:
                 f"({self.start_discriminator}); a decoder cannot learn from an untrained discriminator"
             )
 
+    def _check_weights(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise PlaitError(f"adversarial: {name} is {getattr(self, name)!r}, must be a number of at least 0")
 
-class Adversary:
+
+@dataclass(frozen=True)
+class AdversarialConfig(AdversarialSchedule):
+    """Adversarial training of pictures and clips.
+
+    Attributes:
+        adaptive: multiply ``weight`` by `adaptive_weight` in every step.
+        lecam: weight of the `LeCam` regulariser in the discriminator's loss.
+        discriminator: the network.
+    """
+
+    adaptive: bool = False
+    lecam: float = 0.0
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_weights("lecam")
+
+
+class ScheduledDiscriminator:
+    """A discriminator and when it counts: what `Adversary` and sound's `WaveAdversary` share.
+
+    Args:
+        discriminator: the network, bare or in DistributedDataParallel.
+        config: losses and schedule.
+    """
+
+    def __init__(self, discriminator: nn.Module, config: AdversarialSchedule) -> None:
+        self.schedule = config
+        self.discriminator = discriminator
+        bare = discriminator.module if isinstance(discriminator, DistributedDataParallel) else discriminator
+        self.network: nn.Module = bare
+
+    def trains(self, step: int) -> bool:
+        """Whether the discriminator is trained in this step."""
+        return self.schedule.weight > 0 and step >= self.schedule.start_discriminator
+
+    def weight(self, step: int) -> float:
+        """What the adversarial loss is multiplied by in this step, before any `adaptive_weight`."""
+        since = step - self.schedule.start_generator + 1
+        return self.schedule.weight * min(1.0, max(0, since) / max(1, self.schedule.ramp))
+
+    @abstractmethod
+    def discriminator_loss(self, real: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss; leaves no gradients in the decoder.
+
+        Args:
+            real: what the decoder should have made.
+            decoded: what it made.
+
+        Returns:
+            the scalar loss, and what to log.
+        """
+
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """The bare network, which takes no gradients in here.
+
+        Not in DistributedDataParallel: no gradient is reduced, and it would wait for those of its parameters.
+        """
+        self.network.requires_grad_(False)
+        try:
+            yield self.network
+        finally:
+            self.network.requires_grad_(True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights of the bare network."""
+        return {"discriminator": self.network.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.network.load_state_dict(state["discriminator"])
+
+
+class Adversary(ScheduledDiscriminator):
     """A discriminator with its losses and its schedule.
 
     One step of training::
@@ -166,20 +252,9 @@ class Adversary:
     """
 
     def __init__(self, discriminator: nn.Module, config: AdversarialConfig) -> None:
+        super().__init__(discriminator, config)
         self.config = config
-        self.discriminator = discriminator
-        bare = discriminator.module if isinstance(discriminator, DistributedDataParallel) else discriminator
-        self.network: nn.Module = bare
-        self.lecam = LeCam().to(next(bare.parameters()).device)
-
-    def trains(self, step: int) -> bool:
-        """Whether the discriminator is trained in this step."""
-        return self.config.weight > 0 and step >= self.config.start_discriminator
-
-    def weight(self, step: int) -> float:
-        """What the adversarial loss is multiplied by in this step, before any `adaptive_weight`."""
-        since = step - self.config.start_generator + 1
-        return self.config.weight * min(1.0, max(0, since) / max(1, self.config.ramp))
+        self.lecam = LeCam().to(next(self.network.parameters()).device)
 
     def generator_loss(
         self, decoded: Tensor, step: int, reconstruction_loss: Tensor, last_layer: Tensor
@@ -195,20 +270,18 @@ class Adversary:
         Returns:
             the scalar term and what to log: ``generator_loss`` before and ``generator_weight`` of the weighting.
         """
-        # The bare network: no gradient is reduced here, and DistributedDataParallel would wait for its parameters'.
-        self.network.requires_grad_(False)
-        loss = _LOSSES[self.config.loss][1](self.network(decoded).float())
-        self.network.requires_grad_(True)
+        with self.frozen() as network:
+            loss = LOSSES[self.config.loss][1](network(decoded).float())
         weight = torch.as_tensor(self.weight(step), device=loss.device)
         if self.config.adaptive:
             weight = weight * adaptive_weight(reconstruction_loss, loss, last_layer)
         return weight * loss, {"generator_loss": loss.detach(), "generator_weight": weight}
 
-    def discriminator_loss(self, pixels: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def discriminator_loss(self, real: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss; leaves no gradients in the decoder.
 
         Args:
-            pixels: real pictures or clips, ``[B, 3, H, W]`` or ``[B, 3, T, H, W]``.
+            real: pictures or clips, ``[B, 3, H, W]`` or ``[B, 3, T, H, W]``.
             decoded: what the decoder made of them.
 
         Returns:
@@ -216,21 +289,21 @@ class Adversary:
             ``real_logits`` and ``fake_logits``.
         """
         # One pass for both halves: DistributedDataParallel expects one forward for each backward.
-        logits = self.discriminator(torch.cat([pixels.detach(), decoded.detach().to(pixels.dtype)]))
-        real, fake = logits.float().chunk(2)
-        loss = plain = _LOSSES[self.config.loss][0](real, fake)
+        logits = self.discriminator(torch.cat([real.detach(), decoded.detach().to(real.dtype)]))
+        is_real, fake = logits.float().chunk(2)
+        loss = plain = LOSSES[self.config.loss][0](is_real, fake)
         if self.config.lecam:
-            loss = loss + self.config.lecam * self.lecam(real, fake)
-        means = {"real_logits": real.detach().mean(), "fake_logits": fake.detach().mean()}
+            loss = loss + self.config.lecam * self.lecam(is_real, fake)
+        means = {"real_logits": is_real.detach().mean(), "fake_logits": fake.detach().mean()}
         return loss, {"discriminator_loss": plain.detach(), **means}
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of the bare network and LeCam's running means."""
-        return {"discriminator": self.network.state_dict(), "lecam": self.lecam.state_dict()}
+        return super().state_dict() | {"lecam": self.lecam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self.network.load_state_dict(state["discriminator"])
+        super().load_state_dict(state)
         self.lecam.load_state_dict(state["lecam"])
 
 

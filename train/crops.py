@@ -1,16 +1,13 @@
 """Raw samples → what a visual tokenizer trains on: squares of images, and of frames of clips."""
 
-import hashlib
 import random
 import tempfile
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.energon import SkipSample, WorkerConfig, stateless
-from megatron.energon.errors import FatalSampleError
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -18,12 +15,9 @@ from plait.errors import PlaitError
 from plait.tokenizers.media import read_image, to_pixels
 from plait.tokenizers.video import is_clip, stream_video
 from plait.train.documents import member
-from plait.train.loader import SampleEncoder
+from plait.train.medium import MediumEncoder
 from plait.train.recipe import VisualTokenizerRecipe
 from plait.train.shards import read_samples
-
-# So many samples in a row without a medium that can be read mean that there is none.
-_HOPELESS = 1000
 
 
 def crop_square(image: Image.Image, side: int, place: float = 0.5) -> Image.Image:
@@ -97,53 +91,26 @@ def _square(image: Image.Image, side: int, place: float) -> Tensor:
     return ((to_pixels(crop_square(image, side, place)) + 1) * 127.5).round().to(torch.uint8)
 
 
-class CropEncoder(SampleEncoder):
-    """Raw samples → batches of uint8 pixels, augmented; samples without a readable medium are skipped.
-
-    Every random choice is drawn from the seed, the sample and how often the stream has come by.
-    """
-
-    medium: ClassVar[str]
+class CropEncoder(MediumEncoder):
+    """Raw samples → batches of uint8 pixels, augmented."""
 
     def __init__(self, recipe: VisualTokenizerRecipe) -> None:
-        super().__init__()
+        super().__init__(recipe.seed)
         self.recipe = recipe
-        self.broken: set[str] = set()  # what was named already
-        self.skipped_in_a_row = 0
 
     @abstractmethod
-    def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
+    def crop(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
         """A sample's pixels ``[3, ..., side, side]``, or None."""
 
     def place(self, draw: random.Random) -> float:
         """Where the crop lies."""
         return draw.random() if self.recipe.random_crop else 0.5
 
-    @stateless
-    def encode_sample(self, sample: dict[str, Any]) -> Any:
-        """Decode, crop, mirror, shift.
-
-        Raises:
-            FatalSampleError: nothing could be read for so long that there seems to be nothing.
-        """
-        worker = WorkerConfig.active_worker_config
-        # Counted within the logical worker, so that it does not depend on the number of processes.
-        turn = self.current_sample_index // max(1, worker.num_workers if worker else 1)
-        seed = f"{self.recipe.seed}/{sample['__key__']}/{turn}"
-        draw = random.Random(hashlib.sha256(seed.encode()).digest())
-        try:
-            pixels = self.read(sample, draw)
-        except PlaitError as error:
-            if str(error) not in self.broken:
-                self.broken.add(str(error))
-                print(f"skipped {error}", flush=True)
-            pixels = None
+    def read(self, sample: dict[str, Any], draw: random.Random) -> tuple[Tensor] | None:
+        """Decode, crop, mirror, shift."""
+        pixels = self.crop(sample, draw)
         if pixels is None:
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row == _HOPELESS:
-                raise FatalSampleError(f"shards: {_HOPELESS} samples in a row hold no {self.medium} that can be read")
-            raise SkipSample
-        self.skipped_in_a_row = 0
+            return None
         if self.recipe.flip and draw.random() < 0.5:
             pixels = pixels.flip(-1)
         if shift := self.recipe.shift:
@@ -151,12 +118,7 @@ class CropEncoder(SampleEncoder):
             side = pixels.shape[-1]
             edged = F.pad(pixels.flatten(0, -3).float(), (shift,) * 4, mode="replicate").to(torch.uint8)
             pixels = edged[:, top : top + side, left : left + side].reshape(pixels.shape)
-        return {**{k: v for k, v in sample.items() if k.startswith("__")}, "pixels": pixels}
-
-    @stateless
-    def batch(self, samples: list[Any]) -> Tensor:
-        """Stack the pixels."""
-        return torch.stack([sample["pixels"] for sample in samples])
+        return (pixels,)
 
 
 class ImageEncoder(CropEncoder):
@@ -164,7 +126,7 @@ class ImageEncoder(CropEncoder):
 
     medium = "image"
 
-    def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
+    def crop(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
         """The image."""
         return image_square(sample, self.recipe.image_size, self.place(draw))
 
@@ -174,7 +136,7 @@ class ClipEncoder(CropEncoder):
 
     medium = "clip"
 
-    def read(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
+    def crop(self, sample: dict[str, Any], draw: random.Random) -> Tensor | None:
         """Some consecutive frames."""
         clips = self.recipe.clips
         return clip_squares(sample, self.recipe.image_size, clips.frames, clips.fps, draw.random(), self.place(draw))

@@ -101,7 +101,7 @@ def build_vocabulary(recipe: DecoderRecipe) -> Vocabulary:
                 )
         for row in manifest["shards"]:
             present |= set(row["codes"])
-    return Vocabulary.build(tokenizers, [name for name in MODALITIES if name in present])
+    return Vocabulary.build(tokenizers, [name for name in MODALITIES if name in present], recipe.layouts)
 
 
 def train_step(engine: Engine, share: Batch, recipe: DecoderRecipe, groups: list[str], lr: float) -> dict[str, float]:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from plait.errors import PlaitError
 from plait.tokenizers.base import make_folder, write_file
+from plait.tokenizers.layouts import build_layout
 from plait.tokenizers.loading import load_tokenizers
 from plait.tokenizers.media import contact_sheet
 from plait.tokenizers.modalities import MODALITIES
@@ -24,7 +25,8 @@ def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str
     Args:
         folder: raw or token shards.
         sheet: PNG to write: the first images with their captions.
-        tokenizers: what token shards were made with; without it their counts are given and no sheet.
+        tokenizers: what token shards were made with; without it their counts are given, no sheet and no seconds of
+            sound.
 
     Returns:
         the facts, and the same as text.
@@ -48,12 +50,13 @@ def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str
     broken: list[str] = []
     shown: list[tuple[Image.Image, str]] = []
     captions: list[str] = []
+    seconds: list[float] = []
     for sample in chain.from_iterable(read_shard(folder / row["name"]) for row in manifest["shards"]):
         try:
             if raw:
-                media, facts = _raw_media(sample)
+                media, durations, facts = _raw_media(sample)
             else:
-                media, facts = _token_media(unpack_document(sample), loaded, with_images=len(shown) < SHOWN)
+                media, durations, facts = _token_media(unpack_document(sample), loaded, with_images=len(shown) < SHOWN)
         except PlaitError as error:
             broken.append(str(error))
             continue
@@ -65,6 +68,7 @@ def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str
             counts[modality] = counts.get(modality, 0) + 1
             sizes[size] = sizes.get(size, 0) + (modality != "text")
         lengths += [len(text) for text in texts]
+        seconds += durations
         captions += texts[: SHOWN - len(captions)]
         if images and len(shown) < SHOWN:
             shown.append((images[0], texts[0] if texts else ""))
@@ -76,6 +80,8 @@ def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str
         "text_length_median": statistics.median(lengths) if lengths else 0, "licenses": licences, "broken": broken,
         "captions": captions[:8],
     }  # fmt: skip
+    if seconds:
+        facts["seconds"] = {"total": sum(seconds), "median": statistics.median(seconds), "most": max(seconds)}
     if shown:
         make_folder(sheet.parent)
         page = contact_sheet([image for image, _ in shown], 8, [text for _, text in shown], 96)
@@ -87,29 +93,45 @@ def inspect(folder: Path, sheet: Path, tokenizers: str | None) -> tuple[dict[str
 Medium = tuple[str, Any, str]  # modality, the medium or None where it cannot be shown, its size in words
 
 
-def _raw_media(sample: dict[str, Any]) -> tuple[list[Medium], dict[str, Any]]:
+def _raw_media(sample: dict[str, Any]) -> tuple[list[Medium], list[float], dict[str, Any]]:
+    """A sample's media, the seconds of each sound, and what else came with it."""
     parts, _, facts = raw_parts(sample)
     media: list[Medium] = []
+    seconds = []
     for part in parts:
         if part.modality not in MODALITIES:
             media.append((part.modality, None, f"{len(part.data)} bytes"))
             continue
         medium = MODALITIES[part.modality].read(part.data, f"{sample['__key__']} ({part.modality})")
-        media.append((part.modality, medium, f"{medium.width}×{medium.height}" if part.modality == "image" else ""))
-    return media, facts
+        size = ""
+        if part.modality == "image":
+            size = f"{medium.width}×{medium.height}"
+        elif part.modality == "audio":
+            channels, samples = medium.samples.shape
+            size = f"{medium.sample_rate} Hz, {channels} channel{'s' * (channels > 1)}"
+            seconds.append(samples / medium.sample_rate)
+        media.append((part.modality, medium, size))
+    return media, seconds, facts
 
 
 def _token_media(
     document: TokenDocument, tokenizers: dict[str, Any], with_images: bool
-) -> tuple[list[Medium], dict[str, Any]]:
+) -> tuple[list[Medium], list[float], dict[str, Any]]:
     media: list[Medium] = []
+    seconds = []
     for span in document.spans:
         entry = MODALITIES.get(span.modality)
-        wanted = span.modality == "text" or with_images
-        tokenizer = tokenizers.get(entry.tokenizer) if entry and wanted else None
-        medium = entry.decode(tokenizer, span.codes) if entry and tokenizer else None
-        media.append((span.modality, medium, "×".join(map(str, span.codes.shape)) + " codes"))
-    return media, document.facts
+        tokenizer = tokenizers.get(entry.tokenizer) if entry else None
+        wanted = span.modality == "text" or (span.modality == "image" and with_images)
+        medium = entry.decode(tokenizer, span.codes) if entry and tokenizer and wanted else None
+        size = "×".join(map(str, span.codes.shape)) + " codes"
+        if span.modality == "audio":
+            size = f"{span.codes.shape[0] if span.codes.ndim > 1 else 1} × … codes"  # hardly two are of one length
+            if tokenizer:
+                layout = build_layout(getattr(tokenizer, "layout", "flatten"), len(tokenizer.codebook_sizes))
+                seconds.append(layout.steps(span.codes.shape) / tokenizer.frame_rate)
+        media.append((span.modality, medium, size))
+    return media, seconds, document.facts
 
 
 def _as_text(folder: Path, facts: dict[str, Any]) -> str:
@@ -120,6 +142,9 @@ def _as_text(folder: Path, facts: dict[str, Any]) -> str:
         "sizes     " + ", ".join(f"{size} ({n})" for size, n in facts["sizes"].items()),
         "licences  " + ", ".join(f"{name} ({n})" for name, n in facts["licenses"].items()),
     ]
+    if "seconds" in facts:
+        total, median, most = facts["seconds"].values()
+        lines.append(f"sound     {total / 60:.1f} minutes, median {median:.1f} s, at most {most:.1f} s")
     if facts["captions"]:
         lines.append(f"text      median {facts['text_length_median']:g} characters, such as:")
         lines += [f"          {caption}" for caption in facts["captions"]]

@@ -15,8 +15,21 @@ from PIL import Image
 
 from plait.errors import PlaitError
 from plait.tokenizers.base import make_folder, write_file, write_json
+from plait.tokenizers.media import Audio
+from plait.tokenizers.sound import write_sound
 from plait.train.recipe import Recipe
 from plait.train.recipe_file import save_recipe
+
+# What a run shows besides figures.
+Exhibit = Image.Image | Audio
+
+
+def keep(exhibit: Exhibit, path: Path) -> None:
+    """Write a PNG or WAV beside the figures; the suffix is added."""
+    if isinstance(exhibit, Audio):
+        write_sound(exhibit, path.with_suffix(".wav"))
+    else:
+        exhibit.save(path.with_suffix(".png"))
 
 
 class Journal:
@@ -59,10 +72,15 @@ class Journal:
             self._tensorboard().add_scalar(name, value, step)
         self._tensorboard().flush()  # by itself it waits two minutes, and a killed run would lose them
 
-    def show(self, step: int, name: str, image: Image.Image) -> None:
-        """Send an image to TensorBoard."""
-        if self.active:
-            self._tensorboard().add_image(name, np.array(image), step, dataformats="HWC")
+    def show(self, step: int, name: str, exhibit: Exhibit) -> None:
+        """Send an image or sound to TensorBoard; of sound the channels are mixed."""
+        if not self.active:
+            return
+        if isinstance(exhibit, Audio):
+            mixed = exhibit.samples.mean(0, keepdim=True).clamp(-1, 1)
+            self._tensorboard().add_audio(name, mixed, step, sample_rate=exhibit.sample_rate)
+        else:
+            self._tensorboard().add_image(name, np.array(exhibit), step, dataformats="HWC")
 
     def _tensorboard(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter

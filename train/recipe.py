@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.model.config import DecoderConfig
+from plait.tokenizers.audio import AudioConfig
 from plait.tokenizers.visual import VisualConfig
 from plait.train.adversarial import AdversarialConfig
+from plait.train.wave_adversary import WaveAdversarialConfig
 
 
 @dataclass
@@ -151,6 +153,104 @@ class VisualTokenizerRecipe:
 
 
 @dataclass
+class AudioLossConfig:
+    """What an audio tokenizer's reconstructions are judged by: the weight of each term, 0 turns it off.
+
+    Attributes:
+        wave: absolute error of the samples.
+        mel: absolute error of log10 mel spectra, summed over ``windows``.
+        stft: spectral convergence and absolute error of log magnitudes, the mean over ``stft_windows``.
+        windows: samples per mel spectrum, multiples of 4.
+        mels: mel bands for each of them.
+        stft_windows: samples per spectrum, multiples of 4; those that are also in ``windows`` cost little more.
+        floor: noise of this magnitude is added before logarithms are taken. 1e-5 is what 16 bits have anyway; a larger
+            one has nothing learnt of what is too soft to be heard.
+    """
+
+    wave: float = 0.0
+    mel: float = 1.0
+    stft: float = 0.0
+    windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
+    mels: tuple[int, ...] = (5, 10, 20, 40, 80, 160, 320)
+    stft_windows: tuple[int, ...] = (512, 1024, 2048)
+    floor: float = 1e-5
+
+
+@dataclass
+class DistillConfig:
+    """Latents of the first codebook are drawn towards those of a teacher (SpeechTokenizer, arXiv 2308.16692; Mimi).
+
+    The teacher's latents ``[T, D]`` lie beside each sound as ``key.npy``; their T steps span all of it evenly.
+
+    Attributes:
+        weight: of one minus the cosine between them and a linear projection of ours; 0 turns it off.
+        dim: the teacher's channels, D.
+    """
+
+    weight: float = 0.0
+    dim: int = 0
+
+
+@dataclass
+class AudioTokenizerRecipe:
+    """Train an audio tokenizer on the sounds of raw shards.
+
+    Attributes:
+        shards: folders of raw shards with sounds to train on; files of any rate and number of channels. Recordings
+            longer than some minutes are best cut before: a file is decoded as a whole, for one crop.
+        heldout: folder of raw shards with sounds to evaluate on.
+        out: run folder; the tokenizer ends in ``out/tokenizer``.
+        init: a tokenizer of the same architecture to start from.
+        loss: of the reconstructions.
+        balance: weights are shares of the gradient, as in EnCodec, rather than factors; see `plait.train.balancer`.
+        adversarial: training against discriminators.
+        discriminator_lr: the discriminators' learning rate, constant.
+        distill: learning from a teacher.
+        seconds: length of a crop; a shorter sound lies somewhere in silence.
+        gain_db: least and largest gain in dB, drawn evenly; nothing is amplified beyond full scale.
+        speed: slowest and fastest speed, drawn evenly on a logarithmic scale; it changes the voice and the pace.
+        batch_size: crops per optimizer step over all processes.
+        accumulate: forward passes per optimizer step and process.
+        streams: independent data streams over all processes, each in a worker process of its own. The same number
+            gives the same batches on any number of processes that divides it.
+        steps: optimizer steps.
+        ema: decay of the averaged weights, which are what is evaluated and saved.
+        precision: "float32", or "bfloat16" for autocast; weights, quantizer and losses stay in float32.
+        eval_items: held-out sounds that are evaluated, of each the first 10 seconds.
+        eval_every: steps between evaluations and checkpoints.
+        log_every: steps between log lines.
+        store: dtype of the saved weights, "float32" or "bfloat16".
+    """
+
+    shards: list[str]
+    heldout: str
+    out: str
+    init: str = ""
+    model: AudioConfig = field(default_factory=AudioConfig)
+    loss: AudioLossConfig = field(default_factory=AudioLossConfig)
+    balance: bool = False
+    adversarial: WaveAdversarialConfig = field(default_factory=WaveAdversarialConfig)
+    discriminator_lr: float = 1e-4
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    seconds: float = 1.0
+    gain_db: tuple[float, float] = (0.0, 0.0)
+    speed: tuple[float, float] = (1.0, 1.0)
+    batch_size: int = 16
+    accumulate: int = 1
+    streams: int = 2
+    steps: int = 4000
+    ema: float = 0.999
+    precision: str = "float32"
+    eval_items: int = 32
+    eval_every: int = 500
+    log_every: int = 50
+    seed: int = 0
+    store: str = "bfloat16"
+    kind: str = "audio-tokenizer"
+
+
+@dataclass
 class ParallelConfig:
     """How the decoder is spread over processes.
 
@@ -202,6 +302,8 @@ class DecoderRecipe:
         keep: checkpoints that are kept.
         store: dtype of the bundle's weights, "float32" or "bfloat16".
         generation: settings that `plait generate` takes from the bundle.
+        layouts: how the codes of several codebooks become one stream, by modality: "flatten" (where not named), "delay"
+            or "delay:0,1,1" with your own delays.
     """
 
     shards: list[str]
@@ -222,7 +324,8 @@ class DecoderRecipe:
     seed: int = 0
     store: str = "bfloat16"
     generation: dict[str, Any] = field(default_factory=dict)
+    layouts: dict[str, str] = field(default_factory=dict)
     kind: str = "decoder"
 
 
-Recipe = TextTokenizerRecipe | VisualTokenizerRecipe | DecoderRecipe
+Recipe = TextTokenizerRecipe | VisualTokenizerRecipe | AudioTokenizerRecipe | DecoderRecipe

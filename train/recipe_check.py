@@ -6,11 +6,14 @@ from typing import Any
 from plait.errors import PlaitError
 from plait.infer.sampling import Sampling
 from plait.model.config import DecoderConfig
+from plait.tokenizers.audio import AudioConfig, HalfConfig
 from plait.tokenizers.modalities import MODALITIES
 from plait.tokenizers.quantizer import QuantizerConfig
 from plait.tokenizers.visual import VisualConfig
 from plait.train.adversarial import AdversarialConfig
 from plait.train.discriminator import DiscriminatorConfig
+from plait.train.wave_adversary import WaveAdversarialConfig
+from plait.train.wave_discriminators import WaveDiscriminatorConfig
 
 # Every number of a recipe, by its dotted key: the interval that it, or each number of its list or mapping, must lie in.
 RANGES = {
@@ -36,6 +39,19 @@ RANGES = {
     "loss.temporal": "[0, inf)",
     "loss.perceptual": "[0, inf)",
     "loss.perceptual_every": "[1, inf)",
+    "loss.wave": "[0, inf)",
+    "loss.mel": "[0, inf)",
+    "loss.stft": "[0, inf)",
+    "loss.windows": "[16, inf)",
+    "loss.mels": "[1, inf)",
+    "loss.stft_windows": "[16, inf)",
+    "loss.floor": "(0, 1)",
+    "distill.weight": "[0, inf)",
+    "distill.dim": "[0, inf)",
+    "seconds": "(0, inf)",
+    "gain_db": "[-60, 60]",
+    "speed": "[0.25, 4]",
+    "eval_items": "[1, inf)",
     "clips.share": "[0, 1]",
     "clips.batch_size": "[1, inf)",
     "clips.frames": "[1, inf)",
@@ -45,6 +61,10 @@ RANGES = {
     "adversarial.start_discriminator": "[0, inf)",
     "adversarial.start_generator": "[0, inf)",
     "adversarial.ramp": "[0, inf)",
+    "adversarial.features": "[0, inf)",
+    "adversarial.discriminator.periods": "[2, inf)",
+    "adversarial.discriminator.stft_windows": "[64, inf)",
+    "adversarial.discriminator.band_windows": "[64, inf)",
     "adversarial.discriminator.width": "[1, inf)",
     "adversarial.discriminator.layers": "[1, inf)",
     "z_loss": "[0, inf)",
@@ -76,9 +96,23 @@ RANGES = {
     "model.decoder_blocks": "[0, inf)",
     "model.attention": "[0, inf)",
     "model.temporal_factor": "[1, 8]",
+    "model.sample_rate": "[1000, 384000]",
+    "model.channels": "[1, 2]",
+    **{
+        f"model.{half}.{name}": interval
+        for half in ("encoder", "decoder")
+        for name, interval in {
+            "hop": "[1, inf)",
+            "window": "[0, inf)",
+            "widths": "[1, inf)",
+            "strides": "[2, inf)",
+            "blocks": "[0, inf)",
+        }.items()
+    },
     "model.quantizer.levels": "[3, inf)",
     "model.quantizer.codebook_size": "[0, 2147483648)",
     "model.quantizer.dim": "[0, inf)",
+    "model.quantizer.code_dim": "[0, inf)",
     "model.quantizer.codebooks": "[1, inf)",
     "model.quantizer.decay": "[0, 1]",
     "model.quantizer.dead_code": "[0, 1]",
@@ -112,26 +146,38 @@ def problems(plain: Any) -> Iterator[tuple[list[str], str]]:
                 yield [f"{name}.{modality}"], f"is of no known modality; there are {', '.join(MODALITIES)}"
     yield from _number_problems(plain)
     yield from _generation_problems(generation)
-    if plain["kind"] == "decoder":
-        try:
-            DecoderConfig(**plain["model"])
-        except PlaitError as error:
-            yield ["model"], f"is wrong: {error}"
-    elif plain["kind"] == "visual-tokenizer":
-        yield from _visual_problems(plain)
+    match plain["kind"]:
+        case "decoder":
+            try:
+                DecoderConfig(**plain["model"])
+            except PlaitError as error:
+                yield ["model"], f"is wrong: {error}"
+        case "visual-tokenizer" | "audio-tokenizer":
+            yield from _tokenizer_problems(plain)
 
 
-def _visual_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
+def _tokenizer_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
     try:
-        QuantizerConfig(**plain["model"]["quantizer"])
+        quantizer = QuantizerConfig(**plain["model"]["quantizer"])
     except PlaitError as error:
         yield ["model.quantizer"], f"is wrong: {error}"
         return
+    parts: dict[str, Any] = {"quantizer": quantizer}
     try:
-        model = VisualConfig(**plain["model"] | {"quantizer": QuantizerConfig(**plain["model"]["quantizer"])})
+        if plain["kind"] == "visual-tokenizer":
+            yield from _visual_problems(plain, VisualConfig(**plain["model"] | parts))
+        else:
+            parts |= {half: HalfConfig(**plain["model"][half]) for half in ("encoder", "decoder")}
+            yield from _audio_problems(plain, AudioConfig(**plain["model"] | parts))
     except PlaitError as error:
         yield ["model"], f"is wrong: {error}"
         return
+    if plain["batch_size"] % (divisor := plain["streams"] * plain["accumulate"]):
+        reason = f"is {plain['batch_size']}, expected a multiple of streams × accumulate, {divisor}"
+        yield ["batch_size", "streams", "accumulate"], reason
+
+
+def _visual_problems(plain: Any, model: VisualConfig) -> Iterator[tuple[list[str], str]]:
     try:
         discriminator = DiscriminatorConfig(**plain["adversarial"]["discriminator"])
         AdversarialConfig(**plain["adversarial"] | {"discriminator": discriminator})
@@ -153,15 +199,44 @@ def _visual_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
         yield ["clips.heldout", "clips.shards"], "is empty; name a folder of clips to evaluate on"
     if not plain["shards"] and not (clips["shards"] and clips["share"] == 1):
         yield ["shards"], "is empty; name folders of images, or train on clips alone with clips.share=1"
-    for key, size in (("batch_size", plain["batch_size"]), ("clips.batch_size", clips["batch_size"])):
-        parts = plain["streams"] * plain["accumulate"]
-        if size % parts and (key == "batch_size" or clips["shards"]):
-            reason = f"is {size}, expected a multiple of streams × accumulate, {parts}"
-            yield [key, "streams", "accumulate"], reason
+    if clips["shards"] and clips["batch_size"] % (parts := plain["streams"] * plain["accumulate"]):
+        reason = f"is {clips['batch_size']}, expected a multiple of streams × accumulate, {parts}"
+        yield ["clips.batch_size", "streams", "accumulate"], reason
     if bool(loss["perceptual"]) != bool(loss["network"]):
         yield ["loss.network", "loss.perceptual"], "and loss.perceptual need each other: a network and its weight"
     if loss["ssim"] and plain["image_size"] < 11:
         yield ["image_size", "loss.ssim"], "is below 11, the window of loss.ssim"
+
+
+def _audio_problems(plain: Any, model: AudioConfig) -> Iterator[tuple[list[str], str]]:
+    samples, loss = round(plain["seconds"] * model.sample_rate), plain["loss"]
+    try:
+        discriminator = WaveDiscriminatorConfig(**plain["adversarial"]["discriminator"])
+        WaveAdversarialConfig(**plain["adversarial"] | {"discriminator": discriminator})
+    except PlaitError as error:
+        yield ["adversarial"], f"is wrong: {error}"
+    else:
+        if plain["adversarial"]["weight"] and samples < discriminator.least_samples:
+            reason = f"is {samples} samples, expected at least {discriminator.least_samples} for the discriminator"
+            yield ["seconds", "adversarial", "model"], reason
+    if len(loss["windows"]) != len(loss["mels"]):
+        yield ["loss.mels", "loss.windows"], f"has {len(loss['mels'])} numbers, expected one for each of loss.windows"
+    for key in ("windows", "stft_windows"):
+        if any(window % 4 for window in loss[key]):
+            yield [f"loss.{key}"], f"is {loss[key]}, expected multiples of 4"
+        elif loss[key] and max(loss[key]) >= 2 * samples:
+            reason = f"is {samples} samples, expected more than half the largest of loss.{key}, {max(loss[key])}"
+            yield ["seconds", f"loss.{key}", "model"], reason
+    for name, key in (("mel", "windows"), ("stft", "stft_windows")):
+        if loss[name] and not loss[key]:
+            yield [f"loss.{key}", f"loss.{name}"], f"is empty, but loss.{name} is {loss[name]}"
+    if not any(loss[name] for name in ("wave", "mel", "stft")) and not plain["adversarial"]["weight"]:
+        yield ["loss"], "has no weight above 0; there is nothing to learn"
+    for key in ("gain_db", "speed"):
+        if plain[key][0] > plain[key][1]:
+            yield [key], f"is {plain[key]}, expected the smaller number first"
+    if bool(plain["distill"]["weight"]) != bool(plain["distill"]["dim"]):
+        yield ["distill.dim", "distill.weight"], "and distill.weight need each other: the teacher's channels"
 
 
 def _number_problems(plain: Any) -> Iterator[tuple[list[str], str]]:

@@ -1,8 +1,8 @@
 """Recipe files: one YAML file is one run, read into the dataclasses of `plait.train.recipe`.
 
-``kind`` at the top of the file says which of the three it is: ``text-tokenizer``, ``visual-tokenizer`` or ``decoder``.
-Defaults are those of the dataclasses, the file overrides them, ``key.sub=value`` arguments override the file. Paths
-are relative to where the command runs.
+``kind`` at the top of the file says which it is: ``text-tokenizer``, ``visual-tokenizer``, ``audio-tokenizer`` or
+``decoder``. Defaults are those of the dataclasses, the file overrides them, ``key.sub=value`` arguments override the
+file. Paths are relative to where the command runs.
 """
 
 import difflib
@@ -18,12 +18,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plait.errors import PlaitError
-from plait.train.recipe import DecoderRecipe, Recipe, TextTokenizerRecipe, VisualTokenizerRecipe
+from plait.train.recipe import (
+    AudioTokenizerRecipe,
+    DecoderRecipe,
+    Recipe,
+    TextTokenizerRecipe,
+    VisualTokenizerRecipe,
+)
 from plait.train.recipe_check import flat, problems
 
 _RECIPES: dict[str, type[Recipe]] = {
     "text-tokenizer": TextTokenizerRecipe,
     "visual-tokenizer": VisualTokenizerRecipe,
+    "audio-tokenizer": AudioTokenizerRecipe,
     "decoder": DecoderRecipe,
 }
 
@@ -31,7 +38,7 @@ _RECIPES: dict[str, type[Recipe]] = {
 # folder's name.
 _MAY_CHANGE = {
     "out", "steps", "save_every", "eval_every", "log_every", "keep", "generation", "store", "optimizer", "micro_batch",
-    "z_loss", "discriminator_lr",
+    "z_loss", "discriminator_lr", "eval_items",
 }  # fmt: skip
 
 

@@ -131,16 +131,20 @@ def tokenizer_train(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Train a text or visual tokenizer."""
-    from plait.train.recipe import TextTokenizerRecipe
+    """Train a text, visual or audio tokenizer; the latter two alone, or under torchrun or deepspeed."""
+    from plait.train.recipe import AudioTokenizerRecipe, TextTokenizerRecipe
     from plait.train.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [], kinds=["text-tokenizer", "visual-tokenizer"])
+    loaded = load_recipe(recipe, overrides or [], kinds=["text-tokenizer", "visual-tokenizer", "audio-tokenizer"])
     if isinstance(loaded, TextTokenizerRecipe):
         from plait.train.text_loop import train_text
 
         train_text(loaded)
         written = Path(loaded.out)
+    elif isinstance(loaded, AudioTokenizerRecipe):
+        from plait.train.audio_loop import train_audio
+
+        written = train_audio(loaded)
     else:
         from plait.train.visual_loop import train_visual
 

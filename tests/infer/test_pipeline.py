@@ -274,7 +274,7 @@ def test_unfinished_characters_are_held_back(model: Model, monkeypatch: pytest.M
 
     def scripted(decoder: Any, requests: Sequence[Request]) -> Iterator[Any]:
         form = model.grammar.form("text")
-        for token in [*(code + form.codes.start for code in codes), form.end]:
+        for token in [*(code + form.books[0].start for code in codes), form.end]:
             yield [(0, requests[0].take(token))]
 
     monkeypatch.setattr(module, "generate", scripted)
@@ -305,8 +305,8 @@ def log_probability(model: Model, ids: list[int], position: int, allowed: Sequen
 def test_text_score_is_the_masked_log_probability(model: Model, picture: Image.Image, target: str) -> None:
     form, prompt = model.grammar.form("text"), model._ids([picture, "what?"])
     codes = model.bundle.tokenizers["text"].encode(target).tolist()
-    ids = [*prompt, form.begin, *(form.codes.start + code for code in codes), form.end]
-    allowed = [*form.codes, form.end]
+    ids = [*prompt, form.begin, *(form.books[0].start + code for code in codes), form.end]
+    allowed = [*form.books[0], form.end]
     expected = [log_probability(model, ids, i, allowed) for i in range(len(prompt) + 1, len(ids))]
     score = model.score(picture, "what?", target=target)
     assert score.per_token.tolist() == pytest.approx(expected, abs=1e-4)
@@ -319,7 +319,7 @@ def test_image_score_is_the_masked_log_probability(model: Model, picture: Image.
     assert codes.shape == (2, 3)
     number = model.grammar.vocabulary.block("number").start
     row = model.grammar.vocabulary.special("<row>")
-    lines = [[*(form.codes.start + c for c in line), row] for line in codes.tolist()]
+    lines = [[*(form.books[0].start + c for c in line), row] for line in codes.tolist()]
     ids = [*prompt, form.begin, number + 2, number + 3, *lines[0], *lines[1], form.end]
     # A grid is allowed if its span, begin and end included, fits what the prompt left of the context.
     room = 256 - len(prompt)
@@ -328,8 +328,8 @@ def test_image_score_is_the_masked_log_probability(model: Model, picture: Image.
     at = len(prompt) + 1
     expected = [log_probability(model, ids, at, heights), log_probability(model, ids, at + 1, widths)]
     for i in range(at + 2, len(ids)):
-        free = ids[i] in form.codes
-        expected.append(log_probability(model, ids, i, form.codes) if free else 0.0)
+        free = ids[i] in form.books[0]
+        expected.append(log_probability(model, ids, i, form.books[0]) if free else 0.0)
     score = model.score("a red apple", target=picture)
     assert score.per_token.tolist() == pytest.approx(expected, abs=1e-4)
     forced = [i for i, value in enumerate(expected) if value == 0]

@@ -339,8 +339,8 @@ def test_sheets_show_originals_beside_reconstructions() -> None:
 
 
 @pytest.mark.usefixtures("nothing_at_hand")
-def test_the_report_says_what_it_is_of(tokenizers: Path, visual_tokenizer: Any, mixed: Path, tmp_path: Path) -> None:
-    report, text = evaluate_folder(str(tokenizers / "visual"), mixed, tmp_path / "out", Protocol(size=16))
+def test_the_report_says_what_it_is_of(visual_tokenizer: Any, mixed: Path, tmp_path: Path) -> None:
+    report, text = evaluate_folder(visual_tokenizer, "mine", mixed, tmp_path / "out", Protocol(size=16))
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(report))
     assert report["tokenizer"]["fingerprint"] == visual_tokenizer.fingerprint
     assert "16×16" in report["protocol"]["size"]
@@ -351,8 +351,7 @@ def test_the_report_says_what_it_is_of(tokenizers: Path, visual_tokenizer: Any, 
     # Another decoder has the same codes, and other figures.
     other = copy.deepcopy(visual_tokenizer)
     next(p for name, p in other.named_parameters() if name.startswith("decoder.")).data += 0.5
-    other.save_pretrained(tmp_path / "other")
-    changed, _ = evaluate_folder(str(tmp_path / "other"), mixed, tmp_path / "out2", Protocol(size=16))
+    changed, _ = evaluate_folder(other, "other", mixed, tmp_path / "out2", Protocol(size=16))
     assert changed["tokenizer"]["fingerprint"] == report["tokenizer"]["fingerprint"]
     assert changed["tokenizer"]["weights"] != report["tokenizer"]["weights"]
     assert changed["images"]["codebooks"] == report["images"]["codebooks"]
@@ -360,16 +359,16 @@ def test_the_report_says_what_it_is_of(tokenizers: Path, visual_tokenizer: Any, 
 
 @pytest.mark.usefixtures("nothing_at_hand")
 def test_what_is_not_at_hand_is_left_out_and_what_was_asked_for_is_an_error(
-    tokenizers: Path, mixed: Path, tmp_path: Path
+    visual_tokenizer: Any, mixed: Path, tmp_path: Path
 ) -> None:
-    report, text = evaluate_folder(str(tokenizers / "visual"), mixed, tmp_path, Protocol(), limit=1)
+    report, text = evaluate_folder(visual_tokenizer, "mine", mixed, tmp_path, Protocol(), limit=1)
     assert {"perceptual", "frechet"} < set(report["images"]["left_out"])
     assert "left out: a Fréchet distance; not installed" in text
     for asked in ({"features": "efflite0"}, {"perceptual": "vgg16.pth"}, {"heads": "vgg.pth"}):
         with pytest.raises(PlaitError, match="not installed"):
-            evaluate_folder(str(tokenizers / "visual"), mixed, tmp_path, Protocol(), limit=1, **asked)  # type: ignore[arg-type]
+            evaluate_folder(visual_tokenizer, "mine", mixed, tmp_path, Protocol(), limit=1, **asked)  # type: ignore[arg-type]
     with pytest.raises(PlaitError, match="device: nowhere cannot be used"):
-        evaluate_folder(str(tokenizers / "visual"), mixed, tmp_path, Protocol(), device="nowhere")
+        evaluate_folder(visual_tokenizer, "mine", mixed, tmp_path, Protocol(), device="nowhere")
 
 
 def test_a_table_aligns_long_names() -> None:
@@ -477,6 +476,8 @@ def test_the_command_reports(plait: Callable[..., CompletedProcess[str]], emoji:
         (["plait-tiny", ".", "--size", "x"], "--size"),
         (["plait-tiny", "."], "holds no image or clip"),
         (["nothing-there", "."], "nothing-there"),
+        (["plait-tiny", ".", "--seconds", "3"], "--seconds: is for sound, and plait-tiny is of images"),
+        (["plait-tiny", ".", "--modality", "text"], "is a text tokenizer; images, video and audio"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from plait.errors import PlaitError
 from plait.tokenizers.base import Codes
-from plait.tokenizers.files import SUFFIX, TILE, _at_rate, decode_files, encode_files
+from plait.tokenizers.files import SUFFIX, decode_files, encode_files
 from plait.tokenizers.media import Video, read_image, to_image, to_pixels
 from plait.tokenizers.quantizer import QuantizerConfig
 from plait.tokenizers.video import read_video, write_video
 from plait.tokenizers.visual import VisualConfig, VisualTokenizer
+from plait.tokenizers.visual_files import TILE, _at_rate
 
 SMALL = VisualConfig(
     patch=4, widths=(8, 16), encoder_blocks=1, decoder_blocks=1, quantizer=QuantizerConfig(levels=(5, 4, 3))
@@ -195,7 +196,7 @@ def test_little_goes_through_at_once(
     assert seen == [16, 5]
     seen.clear()
     # Of larger frames fewer.
-    monkeypatch.setattr("plait.tokenizers.files.TILE", 64)
+    monkeypatch.setattr("plait.tokenizers.visual_files.TILE", 64)
     (written,) = encode_files([film], tmp_path / "b", frame_wise[0])
     assert seen == [4] * 5 + [1]
     (back,) = decode_files([Path(written.file)], tmp_path / "c", frame_wise[0])

@@ -102,7 +102,7 @@ def test_a_folder_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "file")
 
 
-@pytest.mark.parametrize("kind", [None, "audio", ["visual"], {"a": 1}, 3])
+@pytest.mark.parametrize("kind", [None, "sound", ["visual"], {"a": 1}, 3])
 def test_an_unknown_kind_is_refused(tmp_path: Path, kind: object) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"format_version": 1, "tokenizer": kind}))
     with pytest.raises(PlaitError, match=r"config\.json: tokenizer is .*, this plait knows text, visual"):

@@ -1,13 +1,15 @@
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from plait.errors import PlaitError
-from plait.tokenizers.grammar import Grammar
+from plait.tokenizers.grammar import Grammar, Span
+from plait.tokenizers.loading import find_weights
 from plait.tokenizers.modalities import MODALITIES, Axis, SpanGrammar
 from plait.tokenizers.text import TextTokenizer
 from plait.tokenizers.visual import VisualTokenizer
@@ -25,6 +27,21 @@ def video(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def both(text_tokenizer: TextTokenizer, visual_tokenizer: VisualTokenizer) -> dict[str, Any]:
     return {"text": text_tokenizer, "visual": visual_tokenizer}
+
+
+@dataclass
+class Books:
+    """What a vocabulary sees of a tokenizer."""
+
+    codebook_sizes: list[int]
+    layout: str | None = None
+    fingerprint: str = "f"
+
+
+def sound(sizes: list[int], layout: str | None = None, own: str | None = None) -> Vocabulary:
+    """A vocabulary of sound alone."""
+    layouts = None if layout is None else {"audio": layout}
+    return Vocabulary.build({"audio": Books(sizes, own)}, ["audio"], layouts)  # type: ignore[dict-item]
 
 
 def names(vocabulary: Vocabulary) -> list[str]:
@@ -89,6 +106,103 @@ def test_every_codebook_has_a_block(both: dict[str, Any]) -> None:
     vocabulary = Vocabulary.build({"text": TwoCodebooks(both["text"]._model)}, ["text"])
     assert vocabulary.modalities["text"].blocks == ("text.0", "text.1")
     assert [vocabulary.block(name).size for name in vocabulary.modalities["text"].blocks] == [300, 7]
+
+
+def test_growing_by_sound_appends_a_block_per_codebook(vocabulary: Vocabulary) -> None:
+    grown = vocabulary.grow("audio", "audio", Books([40, 17, 5]), "delay")  # type: ignore[arg-type]
+    assert names(grown)[: vocabulary.size] == names(vocabulary)
+    assert [(b.name, b.size) for b in grown.blocks[len(vocabulary.blocks) :]] == [
+        ("special.audio", 2),
+        ("audio.0", 40),
+        ("audio.1", 17),
+        ("audio.2", 5),
+    ]
+    assert grown.modalities["audio"].blocks == ("audio.0", "audio.1", "audio.2")
+    # What was written before is written alike.
+    image = Span("image", torch.tensor([[1, 2], [3, 4]]))
+    assert torch.equal(Grammar(vocabulary).write(image), Grammar(grown).write(image))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout", "own", "stored"),
+    [
+        ([4096], None, None, "flatten"),
+        ([4096], "delay", None, "flatten"),
+        ([4096], "parallel", None, "flatten"),
+        ([20, 9], None, None, "flatten"),
+        ([20, 9], "flatten", None, "flatten"),
+        ([20, 9], "delay", None, "delay:0,1"),
+        ([20, 9, 9], "delay:1,2,2", None, "delay:0,1,1"),
+        ([8, 8, 8], None, "interleave:4,2,1", "interleave:4,2,1"),
+        ([8, 8, 8], "interleave:4,2,1", "interleave:4,2,1", "interleave:4,2,1"),
+    ],
+)
+def test_the_layout_is_kept(tmp_path: Path, sizes: list[int], layout: str | None, own: str | None, stored: str) -> None:
+    vocabulary = sound(sizes, layout, own)
+    assert vocabulary.modalities["audio"].layout == stored
+    vocabulary.save(tmp_path / "vocabulary.json")
+    loaded = Vocabulary.load(tmp_path / "vocabulary.json")
+    assert loaded == vocabulary
+    assert loaded.fingerprint == vocabulary.fingerprint
+    assert loaded.modalities["audio"].build_layout().spec == stored
+    written = json.loads((tmp_path / "vocabulary.json").read_text())["modalities"]["audio"]
+    assert written.get("layout", "flatten") == stored
+    # Files of versions that knew no layouts must stay as they are.
+    assert ("layout" in written) == (stored != "flatten")
+
+
+def test_layouts_have_fingerprints_of_their_own() -> None:
+    assert len({sound([9, 9, 9], layout).fingerprint for layout in ("flatten", "delay", "delay:0,1,1")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout", "own", "message"),
+    [
+        ([20, 9], "parallel", None, r"predicts 2 codes at once, plait's decoder one; use flatten or delay"),
+        ([20, 9], "delay:0,1,2", None, "gives 3 numbers, there are 2 codebooks"),
+        ([20, 9], "sideways", None, "'sideways' is none of flatten"),
+        ([20, 9], "interleave:2,1", None, "its codes have no levels; use flatten or delay"),
+        ([8, 8], "delay", "interleave:2,1", "its codes are one stream already, 'interleave:2,1'; leave it out"),
+        ([8, 8], "interleave:4,1", "interleave:2,1", "its codes are one stream already, 'interleave:2,1'"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(sizes: list[int], layout: str, own: str | None, message: str) -> None:
+    with pytest.raises(PlaitError, match=f"^layout: .*{message}") as raised:
+        sound(sizes, layout, own)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_layout_of_no_modality_is_refused(both: dict[str, Any]) -> None:
+    with pytest.raises(PlaitError, match="^layouts: names 'audio', the modalities are text, image$"):
+        Vocabulary.build(both, ["text", "image"], {"audio": "delay"})
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("parallel", "modality 'audio': layout: parallel predicts 2 codes at once"),
+        ("delay:0,1,2", "modality 'audio': layout: .* gives 3 numbers"),
+        ("", "modality 'audio': layout: '' is none of"),
+        (None, "modality 'audio': layout: None is none of"),
+        (["delay"], r"modality 'audio': layout: \['delay'\] is none of"),
+    ],
+)
+def test_a_damaged_layout_is_refused(tmp_path: Path, layout: Any, message: str) -> None:
+    path = tmp_path / "vocabulary.json"
+    sound([20, 9], "delay").save(path)
+    content = json.loads(path.read_text())
+    content["modalities"]["audio"]["layout"] = layout
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlaitError, match=rf"vocabulary\.json: {message}"):
+        Vocabulary.load(path)
+
+
+def test_plait_tinys_vocabulary_has_not_moved(tmp_path: Path) -> None:
+    folder = find_weights("plait-tiny")
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    assert vocabulary.fingerprint == json.loads((folder / "config.json").read_text())["vocabulary"]
+    vocabulary.save(tmp_path / "vocabulary.json")
+    assert (tmp_path / "vocabulary.json").read_bytes() == (folder / "vocabulary.json").read_bytes()
 
 
 def test_what_cannot_be_built_is_refused(both: dict[str, Any], vocabulary: Vocabulary, video: str) -> None:

@@ -79,9 +79,9 @@ def test_broken_samples_are_named(emoji: Path, tmp_path: Path) -> None:
     pack(source, tmp_path / "raw")
     facts, text = inspect(tmp_path / "raw", tmp_path / "sheet.png", None)
     assert facts["samples"] == 5
-    assert sorted(line.split(":")[0].split()[0] for line in facts["broken"]) == ["cut", "facts.json", "latin"]
-    assert facts["media"] == {"image": 1, "audio": 1}
-    assert sum(line.startswith("broken  ") for line in text.splitlines()) == 3
+    assert sorted(line.split(":")[0].split()[0] for line in facts["broken"]) == ["cut", "facts.json", "latin", "sound"]
+    assert facts["media"] == {"image": 1}
+    assert sum(line.startswith("broken  ") for line in text.splitlines()) == 4
 
 
 def test_sheet_that_cannot_be_written(raw: Path, tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from plait.errors import PlaitError
-from plait.train.journal import Journal
+from plait.tokenizers.media import Audio
+from plait.tokenizers.sound import read_sound
+from plait.train.journal import Journal, keep
 from plait.train.recipe import DecoderRecipe
 from plait.train.recipe_file import load_recipe
 
@@ -92,6 +95,21 @@ def test_tensorboard_shows_a_resumed_step_once(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Images("sheet")] == [2]
+
+
+def test_sound_is_heard_and_kept(tmp_path: Path) -> None:
+    sound = Audio(torch.stack([torch.linspace(-1, 1, 800), torch.linspace(1, -1, 800) / 2]), 8000)
+    Journal(tmp_path, RECIPE).show(3, "tone", sound)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Audio("tone")
+    assert (event.step, event.sample_rate) == (3, 8000)
+    mixed = read_sound(event.encoded_audio_string).samples
+    assert torch.allclose(mixed, sound.samples.mean(0, keepdim=True), atol=1e-4)
+    keep(sound, tmp_path / "tone")
+    assert torch.allclose(read_sound(tmp_path / "tone.wav").samples, sound.samples, atol=1e-4)
+    keep(Image.new("RGB", (4, 3), "red"), tmp_path / "sheet")
+    assert Image.open(tmp_path / "sheet.png").size == (4, 3)
 
 
 def test_one_run_keeps_others_out(tmp_path: Path) -> None:

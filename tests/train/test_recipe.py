@@ -8,10 +8,11 @@ import yaml
 
 import plait.launch
 from plait.errors import PlaitError
-from plait.train.recipe import DecoderRecipe, TextTokenizerRecipe, VisualTokenizerRecipe
+from plait.train.recipe import AudioTokenizerRecipe, DecoderRecipe, TextTokenizerRecipe, VisualTokenizerRecipe
 from plait.train.recipe_check import RANGES, flat
 from plait.train.recipe_file import check_resumable, load_recipe, save_recipe
 
+KINDS = TextTokenizerRecipe, VisualTokenizerRecipe, AudioTokenizerRecipe, DecoderRecipe
 BASE = "kind: decoder\nshards: [a]\ntokenizers: t\nout: o\n"
 VISUAL = "kind: visual-tokenizer\nshards: [a]\nheldout: h\nout: o\n"
 SHIPPED = sorted(
@@ -299,11 +300,13 @@ def test_every_number_has_a_range() -> None:
         key
         for name in SHIPPED
         for key, value in flat(asdict(load_recipe(name)))
-        if isinstance(value, (int, float, tuple)) and not isinstance(value, bool) and not key.startswith("generation.")
+        if isinstance(value[0] if value and isinstance(value, tuple) else value, (int, float, tuple))
+        and not isinstance(value, bool)
+        and not key.startswith("generation.")
     }
     assert {key for key in numbers if key not in RANGES} == {"sequence.loss_weights.text"}
     # And no range is of a key that there no longer is: a new name would go unchecked.
-    keys = {key for kind in (TextTokenizerRecipe, VisualTokenizerRecipe, DecoderRecipe) for key in _names(kind)}
+    keys = {key for kind in KINDS for key in _names(kind)}
     assert set(RANGES) <= keys
 
 

@@ -1,16 +1,13 @@
-"""Real runs of tiny visual tokenizers; several processes are forked, so that they need not import everything anew."""
+"""Real runs of tiny visual tokenizers."""
 
-import contextlib
 import json
 import math
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +22,12 @@ from plait.errors import PlaitError
 from plait.tokenizers.loading import load_tokenizer
 from plait.tokenizers.metrics import psnr
 from plait.tokenizers.visual import VisualConfig, VisualTokenizer
-from plait.train import loader, visual_loop
+from plait.train import visual_loop
 from plait.train.crops import load_heldout
 from plait.train.pack import pack
 from plait.train.recipe import LossConfig, VisualTokenizerRecipe
 from plait.train.recipe_file import load_recipe
+from plait.train.tokenizer_loop import update_average
 from plait.train.visual_loop import (
     Data,
     Trainer,
@@ -38,10 +36,12 @@ from plait.train.visual_loop import (
     reconstruction_losses,
     to_float,
     train_visual,
-    update_average,
 )
 
+pytestmark = pytest.mark.usefixtures("_end_workers")
+
 BIN = Path(sys.executable).parent
+Fork = Callable[[int, Path, Callable[[int], Any]], list[int]]
 CONFIG = """
 kind: visual-tokenizer
 image_size: 32
@@ -60,23 +60,6 @@ ADVERSARIAL = (
     "discriminator: {kind: patch3d, width: 8, layers: 2}}"
 )
 VQ_EMA = "model.quantizer={kind: vq_ema, codebook_size: 16, dim: 4, dead_code: 0.5}"
-
-
-@pytest.fixture(autouse=True)
-def _end_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """End the loaders' workers in order; left to the garbage collector they wait for one another."""
-    opened = []
-
-    def open_loader(*arguments: Any, **options: Any) -> Any:
-        opened.append(loader.open_loader(*arguments, **options))
-        return opened[-1]
-
-    monkeypatch.setattr(visual_loop, "open_loader", open_loader)
-    yield
-    for each in opened:
-        if (iterator := getattr(each, "_iterator", None)) is not None:
-            with contextlib.suppress(RuntimeError):  # one that was too slow and was ended for it
-                iterator._shutdown_workers()
 
 
 @pytest.fixture
@@ -113,44 +96,6 @@ def figures(out: Path) -> dict[str, dict[int, float]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     names = {name for row in rows for name in row if not name.startswith(("step", "seconds", "live_", "dead_"))}
     return {name: metrics(out, name) for name in sorted(names)}
-
-
-def fork(processes: int, log: Path, work: Callable[[int], Any]) -> list[int]:
-    """Run ``work(rank)`` in each of so many processes that a launcher might have started; their exit codes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def child(rank: int) -> None:
-        sys.stdout = sys.stderr = log.with_name(f"{log.name}-{rank}").open("w", buffering=1)
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )  # fmt: skip
-        code = 1
-        try:
-            work(rank)
-            code = 0
-        except PlaitError as error:
-            print(f"plait: {error}")
-            code = 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=child, args=(rank,)) for rank in range(processes)]
-    for each in children:
-        each.start()
-    for each in children:
-        each.join(180)
-    late = [each for each in children if each.is_alive()]
-    for each in late:
-        each.kill()
-        each.join()
-    assert not late, log.with_name(f"{log.name}-0").read_text()
-    return [each.exitcode or 0 for each in children]
 
 
 # Parts
@@ -362,7 +307,7 @@ def test_trains_by_the_command_line(config: Path, raw: Path, tmp_path: Path, pla
     ],
 )
 def test_two_processes_equal_one(
-    settings: tuple[str, ...], config: Path, films: tuple[str, ...], tmp_path: Path
+    settings: tuple[str, ...], config: Path, films: tuple[str, ...], tmp_path: Path, fork: Fork
 ) -> None:
     plan = (*films, *settings, "steps=6", "eval_every=3")
     codes = [
@@ -384,7 +329,7 @@ def test_two_processes_equal_one(
 
 
 @pytest.mark.slow
-def test_codebooks_that_part_are_noticed(config: Path, tmp_path: Path) -> None:
+def test_codebooks_that_part_are_noticed(config: Path, tmp_path: Path, fork: Fork) -> None:
     def work(rank: int) -> None:
         step = Trainer.step
 
@@ -402,7 +347,7 @@ def test_codebooks_that_part_are_noticed(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_on_one_process_stops_all(config: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_on_one_process_stops_all(config: Path, tmp_path: Path, fork: Fork) -> None:
     def work(rank: int) -> None:
         if rank == 1:
             losses = visual_loop.reconstruction_losses
@@ -419,7 +364,7 @@ def test_a_loss_that_is_no_number_on_one_process_stops_all(config: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_process_that_ends_does_not_leave_the_other_waiting(config: Path, tmp_path: Path) -> None:
+def test_a_process_that_ends_does_not_leave_the_other_waiting(config: Path, tmp_path: Path, fork: Fork) -> None:
     def work(rank: int) -> None:
         following = Data.next
 
@@ -478,7 +423,7 @@ def scalars(out: Path, name: str) -> list[int]:
     ],
 )
 def test_a_killed_run_goes_on_exactly(
-    settings: tuple[str, ...], config: Path, films: tuple[str, ...], tmp_path: Path
+    settings: tuple[str, ...], config: Path, films: tuple[str, ...], tmp_path: Path, fork: Fork
 ) -> None:
     plan = (*films, *settings, "steps=6", "eval_every=2")
 
@@ -511,7 +456,7 @@ def test_a_killed_run_goes_on_exactly(
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_its_recipe_and_processes_only(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: Fork
 ) -> None:
     run(config, "steps=2")
     assert sorted(metrics(tmp_path / "run", "loss")) == [1, 2]
