@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench tiny tiny-vision tiny-vision-report clean
+.PHONY: demo test lint bench tiny tiny-vision tiny-vision-report tiny-audio tiny-audio-report clean
 
 demo: $(VENV)/.base            ## what the shipped model does: out/gallery.png
 	$(BIN)/plait demo --out out/
@@ -21,6 +21,8 @@ bench: $(VENV)/.test           ## speed beside a peer, in one run
 	$(BIN)/python tests/benchmarks/decoder.py
 	$(BIN)/python tests/benchmarks/emu3.py --width 64
 	$(BIN)/python tests/benchmarks/vqgan.py
+	$(BIN)/python tests/benchmarks/encodec.py
+	$(BIN)/python tests/benchmarks/mimi.py
 
 tiny: $(VENV)/.test            ## train weights/plait-tiny again, from the data on (about an hour on 2 cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/tiny_cpu.sh
@@ -30,6 +32,12 @@ tiny-vision: $(VENV)/.test     ## train weights/tiny-vision again, from the data
 
 tiny-vision-report: $(VENV)/.test  ## tiny-vision's figures on held-out pictures and clips
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/tiny_vision_report.sh
+
+tiny-audio: $(VENV)/.test      ## train a tokenizer like weights/tiny-audio, from the data on (an hour and a half on 2 cores)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/tiny_audio.sh
+
+tiny-audio-report: $(VENV)/.test  ## tiny-audio's figures on held-out sentences and on a voice it never heard
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/tiny_audio_report.sh
 
 clean:
 	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -166,9 +166,7 @@ class TimeNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]``, a whole signal → the same shape."""
-        variance, mean = torch.var_mean(x, (1, 2), correction=0, keepdim=True)
-        gain = self.weight * (variance + 1e-5).rsqrt()
-        return torch.addcmul(self.bias - mean * gain, x, gain)
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[1:]), self.weight)
 
 
 class Conv(nn.Module, Streamed):
@@ -376,7 +374,9 @@ def _decoder(config: EnCodecConfig) -> Chain:
 
 
 def _in_pieces(layers: nn.Module, x: Tensor, stream: Stream, length: int) -> Tensor:
-    """What layers give for ``[B, T, C]``, so many steps at a time."""
+    """What layers give for ``[B, T, C]``, so many steps at a time; 0 for whole signals, one at a time."""
+    if not length:
+        return torch.cat([layers(signal, whole()) for signal in x.split(1)])
     last, pieces = stream.last, x.split(length, 1)
     given = []
     for i, piece in enumerate(pieces, 1):
@@ -453,14 +453,14 @@ class EnCodecTokenizer(WaveTokenizer):
         fine = 2 + coarse * (self.config.blocks + 2)
         x = self.decoder[:fine](z.transpose(1, 2), stream)
         factor = math.prod(self.config.strides[:_FINE_LEVELS])
-        samples = _in_pieces(self.decoder[fine:], x, stream, max(1, self._piece(x) // factor))
+        samples = _in_pieces(self.decoder[fine:], x, stream, -(-self._piece(x) // factor))
         return samples.transpose(1, 2)
 
     def _piece(self, x: Tensor) -> int:
-        """Samples that pass the finest levels at a time."""
-        if x.device.type != "cpu" or self.config.group_norm:
+        """Samples that pass the finest levels at a time; 0 where these see a whole segment."""
+        if x.device.type != "cpu":
             return 2**62
-        return max(1, NUMBERS_AT_ONCE // (len(x) * self.config.width))
+        return 0 if self.config.group_norm else -(-NUMBERS_AT_ONCE // (len(x) * self.config.width))
 
     def _pad(self, samples: Tensor) -> Tensor:
         """As it is: each convolution pads by itself."""

@@ -105,17 +105,13 @@ def decoded_by(theirs: EncodecModel, parts: list[Tensor], scales: list[Tensor | 
 
 def margin_of(ours: EnCodecTokenizer, samples: Tensor) -> Tensor:
     """How far each step's codes are from others, ``[B, t]``."""
-    margins = []
-    for part in segments_of(EncodecConfig(**TINY), samples) if not ours.config.segment else split(ours, samples):
+    margins, stride = [], ours.config.segment_stride or samples.shape[-1]
+    for start in range(0, samples.shape[-1], stride):
+        part = samples[..., start : start + (ours.config.segment or stride)]
         if ours.config.normalize:
             part = part / (part.mean(1, keepdim=True).square().mean(-1, keepdim=True).sqrt() + 1e-8)
         margins.append(ours.quantizer.margin(ours.to_latents(part, whole()).transpose(1, 2)))
     return torch.cat(margins, -1)
-
-
-def split(ours: EnCodecTokenizer, samples: Tensor) -> list[Tensor]:
-    starts = range(0, samples.shape[-1], ours.config.segment_stride)
-    return [samples[..., start : start + ours.config.segment] for start in starts]
 
 
 @torch.no_grad()
@@ -134,7 +130,7 @@ LENGTHS = [*range(1, 15), 23, 24, 25, 47, 48, 49, 100, 229, 230, 231, 239, 240, 
 def test_codes_and_samples_are_those_of_transformers(variant: str) -> None:
     theirs, ours = reference(variant), ours_of(variant)
     largest, used = 0.0, set()
-    for length in LENGTHS:
+    for length in LENGTHS if "kHz" in variant else LENGTHS[::4]:
         samples = sound(2, ours.channels, length, seed=length)
         parts, scales = encoded_by(theirs, samples, 4.0)
         encoded = ours.encode(samples)
@@ -219,7 +215,7 @@ def test_streams_of_any_chunks(variant: str, plan: tuple[int, list[int], int]) -
     ours, (length, cuts, batch) = ours_of(variant), plan
     samples = sound(batch, ours.channels, length, seed=length)
     encoded = ours.encode(samples)
-    assert encoded.codes.shape == (batch, 8, ours.steps_of(length))
+    assert encoded.codes.shape == (batch, len(ours.codebook_sizes), ours.steps_of(length))
     pieces = torch.tensor_split(samples, sorted({cut for cut in cuts if cut < length}), -1)
     streamed = list(ours.encode_scaled(iter(pieces)))
     assert_same_codes(ours, samples, torch.cat([codes for codes, _ in streamed], -1), encoded.codes)
@@ -257,10 +253,11 @@ def test_the_passes_alone_take_any_chunks(variant: str, plan: tuple[int, list[in
 
 
 def test_causal_codes_come_with_their_samples() -> None:
-    ours = ours_of("24 kHz")
-    steps = 20
-    codes = ours.encode_stream(iter(sound(1, 1, steps * ours.factor).split(ours.factor, -1)))
-    assert [part.shape[-1] for part in codes][:-1] == [1] * (steps - 1)
+    # Only the beginning is mirrored, and so must be known: for the last convolution, seven steps of it.
+    for variant, first in (("24 kHz", 7), ("zeros", 1)):
+        ours = ours_of(variant)
+        parts = list(ours.encode_stream(iter(sound(1, 1, 20 * ours.factor).split(ours.factor, -1))))
+        assert [part.shape[-1] for part in parts] == [first] + [1] * (20 - first)
 
 
 @pytest.mark.parametrize("variant", ["24 kHz", "32 kHz of MusicGen"])
@@ -283,7 +280,7 @@ def test_what_is_remembered_does_not_grow(variant: str) -> None:
 @torch.no_grad()
 def test_pieces_on_a_cpu_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     for variant in ("24 kHz", "32 kHz of MusicGen"):
-        ours, samples = ours_of(variant), sound(2, 1, 777)
+        ours, samples = ours_of(variant), sound(2, 1, 333)
         z = ours.to_latents(samples, whole())
         decoded = ours.from_latents(z, whole())
         for numbers in (1, 100, 1000):
@@ -384,7 +381,7 @@ def test_what_cannot_be_encoded_or_decoded_is_refused(variant: str) -> None:
             ours.encode(samples)
     encoded = ours.encode(sound(1, ours.channels, 300))
     for size in ((299 + ours.factor,), (30,), (9000,)):
-        with pytest.raises(PlaitError, match="do not fit"):
+        with pytest.raises(PlaitError, match="do not fit" if encoded.scale is None else "do not fit|scale: "):
             ours.decode(encoded, size=size)
     for codes, message in (
         (encoded.codes[0], "shape is"), (encoded.codes + 32, "found"), (encoded.codes.float(), "dtype"),

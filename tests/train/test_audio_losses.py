@@ -86,7 +86,7 @@ def test_silence_is_compared_with_the_floor() -> None:
     assert 10 < terms["stft"].item() < 1e3
     (gradient,) = torch.autograd.grad(terms["mel"], decoded)
     # What is too loud is made softer.
-    assert float((gradient * decoded).sum()) > 0
+    assert (gradient * decoded).sum().item() > 0
 
 
 def test_white_noise_has_its_own_level_in_every_band_and_window() -> None:
