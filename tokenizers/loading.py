@@ -52,11 +52,13 @@ def load_tokenizer(name: str | Path, modality: str | None = None) -> Any:
 
     Args:
         name: a tokenizer's folder, a bundle's folder, a shipped name, or another project's checkpoint, a file or a
-            folder that holds one: Emu3's, Chameleon's and other VQGANs', LlamaGen's, MoVQGAN's, VidTok's.
+            folder that holds one: Emu3's, Chameleon's and other VQGANs', LlamaGen's, MoVQGAN's, VidTok's, EnCodec's,
+            DAC's, Mimi's, SNAC's.
         modality: which of a bundle's tokenizers, "image" for instance.
 
     Returns:
-        A `plait.tokenizers.pixels.PixelTokenizer` or `plait.tokenizers.text.TextTokenizer`, on the CPU.
+        A `plait.tokenizers.pixels.PixelTokenizer`, `plait.tokenizers.waves.WaveTokenizer` or
+        `plait.tokenizers.text.TextTokenizer`, on the CPU.
 
     Raises:
         PlaitError: not found, damaged, unknown, or without that modality.
@@ -140,7 +142,7 @@ def _describe(name: str, tokenizer: Any) -> dict[str, Any]:
             "samples per step": tokenizer.factor,
             "steps per second": round(tokenizer.frame_rate, 3),
             "codebooks": codebooks,
-            "codes per second": round(tokenizer.frame_rate * codebooks, 3),
+            "codes per second": round(tokenizer.frame_rate * getattr(tokenizer, "codes_per_step", codebooks), 3),
             "kbit/s": round(tokenizer.bitrate / 1000, 4),
             "parameters": sum(p.numel() for p in tokenizer.parameters()),
         }

@@ -3,7 +3,8 @@
 A folder is read in one of two ways. With a ``manifest.jsonl`` each line is one sample: ``path`` names its file,
 ``caption`` or ``text`` its text, everything else goes into ``key.json``. Without one, files that share a stem within
 a folder make one sample (``rabbit.png`` + ``rabbit.txt``), recursively; of several files of one kind the first by the
-order of `EXTENSIONS` counts, unless the sample's JSON file lists its ``parts``.
+order of `EXTENSIONS` counts, unless the sample's JSON file lists its ``parts``. In both ways ``voice.npy`` goes with
+``voice.wav``: a teacher's latents, for a tokenizer's training.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from plait.tokenizers.base import make_folder
 from plait.tokenizers.media import EXTENSIONS, modality_of
 from plait.train.shards import MANIFEST, shard_hash, shard_name, shard_writer, write_manifest
 
-SUFFIXES = [*(suffix for suffixes in EXTENSIONS.values() for suffix in suffixes), ".json"]
+SUFFIXES = [*(suffix for suffixes in EXTENSIONS.values() for suffix in suffixes), ".json", ".npy"]
 
 
 @dataclass
@@ -109,6 +110,8 @@ def _from_manifest(source: Path, manifest: Path, report: PackReport) -> Iterator
                 )
                 continue
             members[path.suffix.lower()[1:]] = path
+            if (latents := path.with_suffix(".npy")).is_file():
+                members["npy"] = latents
         if text is not None:
             members["txt"] = str(text).encode()
         if not members:
@@ -128,14 +131,17 @@ def _from_stems(source: Path, report: PackReport) -> Iterator[Sample]:
     keys: set[str] = set()
     for stem, paths in stems.items():
         members: dict[str, bytes | Path] = {}
-        first: dict[str | None, Path] = {}
+        first: dict[str, Path] = {}
         for path in sorted(paths, key=lambda path: SUFFIXES.index(path.suffix.lower())):
-            extension, kind = path.suffix.lower()[1:], modality_of(path)
+            extension, kind = path.suffix.lower()[1:], modality_of(path) or path.suffix.lower()[1:]
             taken = first.setdefault(kind, path)
             if taken is path or (extension not in members and any(map(_lists_parts, paths))):
                 members[extension] = path
             else:
-                report.skipped.append(f"{path}: {taken.name} is this sample's {kind or 'json'}; rename one of them")
+                report.skipped.append(f"{path}: {taken.name} is this sample's {kind}; rename one of them")
+        if set(members) == {"npy"}:
+            report.skipped.append(f"{stem}.npy: there is no file of this stem whose latents it could hold")
+            continue
         yield _unique(_key(stem), keys), members
 
 

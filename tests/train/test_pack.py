@@ -243,3 +243,20 @@ def test_command_counts_and_names(plait: Any, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines() == [done.stderr.strip()]
     assert "cannot make this folder" in done.stderr
+
+
+def test_a_teachers_latents_go_with_their_sound(tmp_path: Path) -> None:
+    for folder in ("stems", "listed"):
+        (tmp_path / folder).mkdir()
+        for name in ("a.wav", "a.npy"):
+            (tmp_path / folder / name).write_bytes(name.encode())
+    (tmp_path / "stems" / "b.npy").write_bytes(b"of nothing")
+    (tmp_path / "listed" / "manifest.jsonl").write_text('{"path": "a.wav", "text": "hello"}\n')
+    report = pack(tmp_path / "stems", tmp_path / "1")
+    assert report.samples == 1
+    assert len(report.skipped) == 1
+    assert "b.npy" in report.skipped[0]
+    assert pack(tmp_path / "listed", tmp_path / "2").samples == 1
+    for out in ("1", "2"):
+        (sample,) = read_samples(tmp_path / out)
+        assert sample["npy"] == b"a.npy"
