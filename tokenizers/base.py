@@ -38,7 +38,7 @@ class Codes:
         lengths: valid steps per item along the last grid axis of a ragged batch, int64 ``[B]``.
         sample_rate: Hz, audio only.
         fps: frames per second, video only.
-        scale: loudness that was taken out, float ``[B]``, audio only.
+        scale: loudness that was taken out, float ``[B]`` or of each segment ``[B, segments]``, audio only.
         fingerprint: of the tokenizer that made the codes.
     """
 

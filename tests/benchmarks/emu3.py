@@ -7,11 +7,11 @@ the outputs are apart. Nothing is asserted. The released network has width 256, 
 """
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from clock import seconds
 from torch import Tensor
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
@@ -26,23 +26,6 @@ def both(width: int, device: str) -> tuple[PixelTokenizer, Emu3VQVAE]:
     theirs = Emu3VQVAE(Emu3VQVAEConfig(base_channels=width, hidden_size=4 * width)).eval().requires_grad_(False)
     theirs.decoder.conv_out.weight.mul_(0.03)  # to pixels between -1 and 1, where most outputs would be clamped
     return convert(theirs.state_dict(), {}, LAYOUTS[1], "transformers").to(device), theirs.to(device)
-
-
-def seconds(runs: Sequence[Callable[[], object]], repeats: int, device: str) -> list[float]:
-    """The least time of each call after one to warm up; they take turns, so that a busy machine slows all alike.
-
-    On a CPU it is the processor's time for this process, in which other programs have a smaller share.
-    """
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats + 1):
-        for run, taken in zip(runs, times, strict=True):
-            start = clock()
-            run()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            taken.append(clock() - start)
-    return [min(taken[1:]) for taken in times]
 
 
 @torch.no_grad()

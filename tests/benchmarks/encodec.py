@@ -7,11 +7,12 @@ the outputs are apart. Nothing is asserted. The network has the released size, a
 """
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from clock import seconds
 from torch import Tensor
 from transformers import EncodecConfig, EncodecModel
 
@@ -19,7 +20,7 @@ from plait.tokenizers.base import Codes
 from plait.tokenizers.encodec import LAYOUTS, EnCodecTokenizer
 from plait.tokenizers.foreign import convert
 
-STEREO = {
+STEREO: dict[str, Any] = {
     "sampling_rate": 48000, "audio_channels": 2, "target_bandwidths": [3.0, 6.0, 12.0, 24.0], "normalize": True,
     "chunk_length_s": 1.0, "overlap": 0.01, "norm_type": "time_group_norm", "use_causal_conv": False,
 }  # fmt: skip
@@ -37,23 +38,6 @@ def both(rate: int, device: str) -> tuple[EnCodecTokenizer, EncodecModel]:
     ours = convert(theirs.state_dict(), theirs.config.to_dict(), LAYOUTS[1], "transformers")
     assert isinstance(ours, EnCodecTokenizer)
     return ours.to(device), theirs.to(device)
-
-
-def seconds(runs: Sequence[Callable[[], object]], repeats: int, device: str) -> list[float]:
-    """The least time of each call after one to warm up; they take turns, so that a busy machine slows all alike.
-
-    On a CPU it is the processor's time for this process, in which other programs have a smaller share.
-    """
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats + 1):
-        for run, taken in zip(runs, times, strict=True):
-            start = clock()
-            run()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            taken.append(clock() - start)
-    return [min(taken[1:]) for taken in times]
 
 
 @torch.no_grad()

@@ -7,11 +7,10 @@ the outputs are apart. Nothing is asserted. It takes 2 GB.
 """
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from clock import seconds
 from torch import Tensor
 from transformers import MimiConfig, MimiModel
 
@@ -36,23 +35,6 @@ def both(device: str) -> tuple[NetworkTokenizer, MimiModel]:
     decoded = theirs.decode(torch.randint(2048, (1, 32, 13))).audio_values
     theirs.decoder.decoder_seanet.layers[-1].conv.weight.mul_(0.1 / decoded.std())
     return convert(theirs.state_dict(), {}, LAYOUTS[1], "transformers").to(device), theirs.to(device)
-
-
-def seconds(runs: Sequence[Callable[[], object]], repeats: int, device: str) -> list[float]:
-    """The least time of each call after one to warm up; they take turns, so that a busy machine slows all alike.
-
-    On a CPU it is the processor's time for this process, in which other programs have a smaller share.
-    """
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats + 1):
-        for run, taken in zip(runs, times, strict=True):
-            start = clock()
-            run()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            taken.append(clock() - start)
-    return [min(taken[1:]) for taken in times]
 
 
 @torch.no_grad()

@@ -24,16 +24,16 @@ from plait.tokenizers.streaming import Stream, whole
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"
 ORIGINAL, TRANSFORMERS = LAYOUTS
 
-TINY = {
+TINY: dict[str, Any] = {
     "num_filters": 4, "hidden_size": 12, "codebook_size": 32, "upsampling_ratios": [4, 3, 2], "sampling_rate": 2400,
     "target_bandwidths": [0.5, 1.0, 2.0, 4.0],
 }  # fmt: skip
 # The 48 kHz release's other settings; segments of 10 steps less 1 sample, 229 samples apart.
-STEREO = {
+STEREO: dict[str, Any] = {
     "audio_channels": 2, "use_causal_conv": False, "norm_type": "time_group_norm", "chunk_length_s": 0.0996,
     "overlap": 0.04, "normalize": True,
 }  # fmt: skip
-CENTRED = {"use_causal_conv": False, "use_conv_shortcut": False, "upsampling_ratios": [5, 4, 2]}
+CENTRED: dict[str, Any] = {"use_causal_conv": False, "use_conv_shortcut": False, "upsampling_ratios": [5, 4, 2]}
 VARIANTS: dict[str, dict[str, Any]] = {
     "24 kHz": {},
     "48 kHz": STEREO,
