@@ -242,9 +242,11 @@ def _onnx(network: nn.Module, example: Tensor, dynamic: dict[int, Any], takes: s
                 # Else it refuses what it cannot prove, such as that 8.0 · h is a whole number.
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-        except RuntimeError as error:  # all that torch's exporter raises
+        except (RuntimeError, TypeError) as error:  # all that torch's exporter raises
             reason = str(error).strip().splitlines()[0]
-            hint = "name one size with --size HxW" if len(dynamic) > 1 and takes != "samples" else "report it"
+            hint = "name one size with --size HxW" if len(dynamic) > 1 else "report it"
+            if "samples" in (takes, gives):
+                hint = "of sound, plait's own networks and DAC can be exported"
             raise PlaitError(
                 f"export: torch cannot export this network from {takes} to {gives} ({reason}); {hint}"
             ) from None

@@ -6,9 +6,11 @@ import torch
 from typer.testing import CliRunner
 
 from plait.__main__ import app
+from plait.errors import PlaitError
 from plait.tokenizers.audio import AudioConfig, AudioTokenizer, HalfConfig
 from plait.tokenizers.export import export_sound
 from plait.tokenizers.quantizer import QuantizerConfig
+from plait.tokenizers.snac import SNACConfig, SNACTokenizer
 from plait.tokenizers.streaming import whole
 
 pytest.importorskip("onnx")
@@ -55,6 +57,15 @@ def test_models_take_any_batch_and_length(name: str, tmp_path: Path) -> None:
         assert same[sure].all()
         made = torch.from_numpy(decoder.run(["samples"], {"codes": expected.numpy()})[0])
         torch.testing.assert_close(made, tokenizer.decode(expected), atol=1e-5, rtol=0)
+
+
+def test_networks_that_cannot_be_exported_say_so(tmp_path: Path) -> None:
+    tokenizer = SNACTokenizer(
+        SNACConfig(width=4, strides=(2, 4), decoder_width=16, codebook_size=16, code_dim=4)
+    ).eval()
+    with pytest.raises(PlaitError, match="export: torch cannot export this network from samples to codes"):
+        export_sound(tokenizer, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command(tmp_path: Path) -> None:

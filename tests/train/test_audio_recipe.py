@@ -41,7 +41,7 @@ def test_shipped_recipes_make_tokenizers(name: str) -> None:
     counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
     rate = parts[0].frame_rate, parts[0].bitrate
     sizes, rates = {
-        "tiny/audio": ((0, 10), (100, 1200)),
+        "tiny/audio": ((0, 10), (50, 1100)),
         "audio/speech-16k": ((20, 80), (50, 798)),
         "audio/general-24k": ((5, 20), (75, 6000)),
         "audio/dac-44k": ((70, 80), (86.13, 7752)),
