@@ -23,6 +23,10 @@ from plait.tokenizers.streaming import Chain, Conv1d, ConvTranspose1d, Stream, w
 from plait.tokenizers.waveblocks import Analysis, ChannelNorm, ConvNeXtBlock, Snake, Synthesis, dilated_unit
 from plait.tokenizers.waves import WaveTokenizer
 
+# Beyond any network there is, so that a damaged file asks for no terabytes.
+MOST_SAMPLES = 2**20
+MOST_LEVELS = 16
+
 
 @dataclass(frozen=True)
 class HalfConfig:
@@ -47,12 +51,20 @@ class HalfConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("hop", 1), ("window", 0)):
-            if type(number := getattr(self, name)) is not int or number < least:
-                raise PlaitError(f"audio tokenizer: {name} is {number!r}, must be a whole number of at least {least}")
-        for name, least in (("widths", 1), ("strides", 2), ("blocks", 0)):
+            if type(number := getattr(self, name)) is not int or not least <= number <= MOST_SAMPLES:
+                raise PlaitError(
+                    f"audio tokenizer: {name} is {number!r}, must be a whole number from {least} to {MOST_SAMPLES}"
+                )
+        for name, least, most in (("widths", 1, 2**14), ("strides", 2, 2**10), ("blocks", 0, 2**6)):
             numbers = getattr(self, name)
-            if not isinstance(numbers, list | tuple) or any(type(n) is not int or n < least for n in numbers):
-                raise PlaitError(f"audio tokenizer: {name} is {numbers!r}, must list whole numbers from {least} up")
+            if (
+                not isinstance(numbers, list | tuple)
+                or len(numbers) > MOST_LEVELS
+                or any(type(n) is not int or not least <= n <= most for n in numbers)
+            ):
+                raise PlaitError(
+                    f"audio tokenizer: {name} is {numbers!r}, must list up to {MOST_LEVELS} numbers, {least} to {most}"
+                )
             object.__setattr__(self, name, tuple(numbers))
         if type(self.causal) is not bool:
             raise PlaitError(f"audio tokenizer: causal is {self.causal!r}, must be true or false")

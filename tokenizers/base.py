@@ -80,7 +80,7 @@ class Codes:
             if plain.get("size") is not None:
                 plain["size"] = tuple(plain["size"])
             return cls(**tensors, **plain)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise PlaitError(f"{path}: broken metadata ({error}); encode the original again") from None
 
 
@@ -150,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise PlaitError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlaitError(f"{path}: not readable as JSON ({error}); restore it from where it came") from None
     if not isinstance(content, dict):
         raise PlaitError(f"{path}: expected a JSON object")

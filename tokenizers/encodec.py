@@ -424,6 +424,11 @@ class EnCodecTokenizer(WaveTokenizer):
         """Samples per step of the codes."""
         return math.prod(self.config.strides)
 
+    @property
+    def has_segments(self) -> bool:  # type: ignore[override]
+        """Whether sound is cut into segments."""
+        return bool(self.config.segment)
+
     def steps_of(self, samples: int) -> int:
         """How many steps of codes so many samples become, over all segments."""
         if not self.config.segment:

@@ -255,7 +255,7 @@ def build_layout(spec: str, codebooks: int) -> Layout:
             f"layout: {spec!r} is none of {', '.join(LAYOUTS)}, nor delay or interleave with numbers, as delay:0,1,1"
         )
     parts = text.split(",") if text else []
-    if not all(part.strip().isdecimal() and int(part) < _MOST for part in parts):
+    if not all(part.strip().isdecimal() and len(part) < 9 and int(part) < _MOST for part in parts):
         raise PlaitError(f"layout: {spec!r} must give whole numbers below {_MOST}, with commas between them")
     numbers = tuple(map(int, parts))
     if name == "interleave" or numbers:

@@ -71,7 +71,7 @@ def load_tokenizer(name: str | Path, modality: str | None = None) -> Any:
         folder = folder / "tokenizers" / modalities[modality].tokenizer
     tokenizer = _load(folder)
     if modality is not None and modality not in tokenizer.modalities:
-        raise PlaitError(f"{folder}: is a {tokenizer.kind} tokenizer, it has no {modality}")
+        raise PlaitError(f"{folder}: is of kind {tokenizer.kind}, it has no {modality}")
     return tokenizer
 
 

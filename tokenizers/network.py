@@ -127,7 +127,10 @@ class NetworkTokenizer(nn.Module, Tokenizer):
         if header != (cls.kind, cls.architecture):
             raise PlaitError(f"{folder}/config.json: not a {cls.architecture} {cls.kind} tokenizer, but {header}")
         fingerprint = content.pop("fingerprint", None)
-        tokenizer = cls(cls.config_from(content, folder / "config.json"))
+        config = cls.config_from(content, folder / "config.json")
+        # Without memory for what the file may not hold.
+        with torch.device("meta"):
+            tokenizer = cls(config)
         load_weights(tokenizer, folder / "model.safetensors")
         tokenizer.eval().requires_grad_(False)
         if fingerprint != tokenizer.fingerprint:

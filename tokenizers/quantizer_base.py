@@ -94,11 +94,15 @@ class QuantizerConfig:
             dim = size.bit_length() - 1 if binary else len(self.levels)
             if self.dim not in (0, dim):
                 raise PlaitError(f"quantizer: dim is {self.dim!r}, but {self.kind} of {size} codes makes it {dim}")
-        elif type(self.dim) is not int or self.dim < 1:
-            raise PlaitError(f"quantizer: dim is {self.dim!r}, must be a whole number of at least 1")
-        must = {"rvq": "a whole number of at least 2 (one is vq_ema)", "rvq_l2": "a whole number of at least 1"}
+        elif type(self.dim) is not int or not 1 <= self.dim <= 2**16:
+            raise PlaitError(f"quantizer: dim is {self.dim!r}, must be a whole number of at least 1, at most 65536")
+        must = {"rvq": "2 to 1024 (one is vq_ema)", "rvq_l2": "1 to 1024"}
         least = {"rvq": 2}.get(self.kind, 1)
-        if type(self.codebooks) is not int or self.codebooks < least or (self.codebooks > 1 and self.kind not in must):
+        if (
+            type(self.codebooks) is not int
+            or not least <= self.codebooks <= 1024
+            or (self.codebooks > 1 and self.kind not in must)
+        ):
             must_be = must.get(self.kind, f"1 for {self.kind}")
             raise PlaitError(f"quantizer: codebooks is {self.codebooks!r}, must be {must_be}")
         if type(self.code_dim) is not int or (self.code_dim < 1 if self.kind == "rvq_l2" else self.code_dim != 0):

@@ -76,6 +76,8 @@ def encode_sound(model: Any, path: Path, options: SoundOptions, count: Counter) 
     parts, scales = [], []
     for codes, scale_of_part in model.encode_scaled(chunks(), codebooks, scale):
         parts.append(codes.to("cpu", torch.int32))
+        if len(parts) == 64:  # many small tensors keep the chunks' memory from being used again
+            parts = [torch.cat(parts, -1)]
         scales.append(scale_of_part)
         count.add(codes.shape[-1])
     # A tokenizer that levels segments by itself has a scale for each.
@@ -127,18 +129,9 @@ def check_sound(codes: Codes, model: Any) -> None:
     if codes.sample_rate not in (None, model.sample_rate):
         raise PlaitError(f"is at {codes.sample_rate} Hz, this tokenizer at {model.sample_rate} Hz; name the one used")
     codes.sample_rate = model.sample_rate
-    scale = codes.scale
-    if scale is not None and not (
-        scale.ndim in (1, 2)
-        and len(scale) == 1
-        and scale.is_floating_point()
-        and bool(((scale > 0) & (scale < math.inf)).all())
-    ):
-        raise PlaitError("scale: must hold numbers above 0, one of the sound or one of each segment; encode it again")
+    model.check_facts(codes)
     steps = codes.codes.shape[-1]
     if codes.lengths is not None:
-        if codes.lengths.shape != (1,) or not 0 < int(codes.lengths) <= steps:
-            raise PlaitError(f"lengths {codes.lengths.tolist()} do not fit {steps} steps of codes; encode it again")
         # What was filled up to make a batch is no part of the sound.
         codes.codes = codes.codes[..., : int(codes.lengths)]
     codes.size = codes.size or (model.samples_of(steps),)

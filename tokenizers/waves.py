@@ -34,6 +34,8 @@ class WaveTokenizer(NetworkTokenizer):
 
     kind: ClassVar[str] = "audio"
     modalities: ClassVar[tuple[str, ...]] = ("audio",)
+    # Whether sound is cut into segments, each with a level of its own.
+    has_segments: bool = False
 
     @property
     @abstractmethod
@@ -229,6 +231,8 @@ class WaveTokenizer(NetworkTokenizer):
                 raise PlaitError(
                     "codes: made by another tokenizer (fingerprints differ); decode with the one that encoded"
                 )
+            self._check_steps(codes.codes)
+            self.check_facts(codes)
             size, scale, lengths, codes = size or codes.size, codes.scale, codes.lengths, codes.codes
         self._check_steps(codes)
         samples = torch.cat(list(self.decode_stream([codes], size, scale)), -1)
@@ -329,8 +333,39 @@ class WaveTokenizer(NetworkTokenizer):
             raise PlaitError(f"samples: shape is {tuple(samples.shape)}, expected {expected}")
         if not samples.is_floating_point():
             raise PlaitError(f"samples: dtype is {samples.dtype}, expected floating point in [-1, 1]")
-        if not samples.isfinite().all():
+        if not samples.float().isfinite().all():
             raise PlaitError("samples: values are not finite; replace NaN and infinity, say with torch.nan_to_num")
+
+    def check_facts(self, codes: Codes) -> None:
+        """Refuse what goes with codes but does not fit them.
+
+        Raises:
+            PlaitError: another modality or sample rate, or a ``scale`` or ``lengths`` of another shape, dtype or range.
+        """
+        if codes.modality != "audio":
+            raise PlaitError(f"codes: modality is {codes.modality!r}, this tokenizer has audio")
+        if codes.sample_rate not in (None, self.sample_rate):
+            raise PlaitError(f"codes: sample_rate is {codes.sample_rate}, this tokenizer's is {self.sample_rate}")
+        batch, steps = len(codes.codes), codes.codes.shape[-1]
+        scale, lengths = codes.scale, codes.lengths
+        if scale is not None and not (
+            isinstance(scale, Tensor)
+            and scale.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+            and 1 <= scale.ndim <= 1 + self.has_segments
+            and len(scale) == batch
+            and bool(((scale > 0) & (scale < math.inf)).all())
+        ):
+            segments = " or [B, segments]" if self.has_segments else ""
+            raise PlaitError(f"scale: must hold numbers above 0, floats [B]{segments} for a batch of {batch}")
+        if lengths is not None and not (
+            isinstance(lengths, Tensor)
+            and lengths.dtype in (torch.int64, torch.int32)
+            and lengths.shape == (batch,)
+            and bool(((lengths > 0) & (lengths <= steps)).all())
+        ):
+            raise PlaitError(
+                f"lengths: must be ints [B] for a batch of {batch}, each from 1 to the codes' {steps} steps"
+            )
 
     def _checked_count(self, n_codebooks: int | None, bandwidth: float | None) -> int | None:
         if bandwidth is None:
@@ -400,4 +435,6 @@ def _gain(samples: Tensor, valid: Tensor | None, loudness: float) -> Tensor:
     counts = samples.shape[-1] if valid is None else valid.to(samples.device)
     energy = samples.float().square().mean(1).sum(-1) / counts
     gain = energy.sqrt() / 10 ** (loudness / 20)
+    if not gain.isfinite().all():
+        raise PlaitError("loudness: the samples are too loud to be measured; scale them to [-1, 1]")
     return gain.where(gain > 1e-8, 1.0)

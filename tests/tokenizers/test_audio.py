@@ -304,3 +304,32 @@ def test_bad_configuration(change: dict[str, Any], message: str, tmp_path: Path)
     path.write_text(json.dumps(content))
     with pytest.raises(PlaitError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"scale": torch.ones(2)}, "scale: must hold"),
+        ({"scale": torch.ones(1, 2)}, "scale: must hold"),
+        ({"scale": 2.0}, "scale: must hold"),
+        ({"scale": torch.tensor([math.nan])}, "scale: must hold"),
+        ({"scale": torch.tensor([0.0])}, "scale: must hold"),
+        ({"lengths": torch.tensor([1, 2, 3])}, "lengths: must be ints"),
+        ({"lengths": torch.tensor([11])}, "lengths: must be ints"),
+        ({"lengths": torch.tensor([-1])}, "lengths: must be ints"),
+        ({"lengths": torch.tensor([1.5])}, "lengths: must be ints"),
+        ({"modality": "image"}, "modality is 'image'"),
+        ({"sample_rate": 44100}, "sample_rate is 44100"),
+    ],
+)
+def test_what_goes_with_codes_must_fit_them(facts: dict[str, Any], message: str) -> None:
+    codes = replace(TOKENIZERS["rvq"].encode(sound(1, 1, 800)), **facts)
+    with pytest.raises(PlaitError, match=message):
+        TOKENIZERS["rvq"].decode(codes)
+
+
+def test_too_loud_to_be_encoded() -> None:
+    with pytest.raises(PlaitError, match="not finite"):
+        TOKENIZERS["fsq"].encode(torch.full((1, 1, 80), 1e300, dtype=torch.float64))
+    with pytest.raises(PlaitError, match="loudness: the samples are too loud"):
+        TOKENIZERS["fsq"].encode(torch.full((1, 1, 80), 1e30), loudness=-20)

@@ -328,7 +328,7 @@ def test_the_command_reports(
         (["tok", ".", "--size", "64"], "--size: is for images and clips, and tok is of sound"),
         (["tok", ".", "--seconds", "0"], "seconds: is 0"),
         (["tok", ".", "--codebooks", "3"], "n_codebooks: is 3, this tokenizer has 1"),
-        (["tok", ".", "--modality", "image"], "is a audio tokenizer, it has no image"),
+        (["tok", ".", "--modality", "image"], "is of kind audio, it has no image"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(

@@ -69,6 +69,7 @@ def test_a_broken_codes_file_is_refused(tmp_path: Path, damage: str) -> None:
         ({"plait": '{"modality": "image"}', "format_version": "2"}, "format_version is '2'"),
         ({"plait": "{", "format_version": "1"}, "broken metadata"),
         ({"plait": "[]", "format_version": "1"}, "broken metadata"),
+        ({"plait": "[" * 100_000, "format_version": "1"}, "broken metadata"),
         ({"plait": "{}", "format_version": "1"}, "broken metadata"),
         ({"plait": '{"modality": "image", "x": 1}', "format_version": "1"}, "broken metadata"),
         ({"plait": '{"modality": "image", "size": 3}', "format_version": "1"}, "broken metadata"),
@@ -139,7 +140,7 @@ def test_json_is_written_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\xff\xfe", b"[" * 100_000])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(PlaitError, match=r"a\.json: "):

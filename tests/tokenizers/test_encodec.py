@@ -360,7 +360,11 @@ def test_bare_codes_of_segments_decode_at_loudness_one() -> None:
 
 @pytest.mark.parametrize(
     ("scale", "message"),
-    [(torch.ones(1, 2), "expected one for each"), (torch.ones(2, 3), "expected one"), (torch.ones(1, 4), "4 segments")],
+    [
+        (torch.ones(1, 2), "expected one for each"),
+        (torch.ones(2, 3), "scale: must hold"),
+        (torch.ones(1, 4), "4 segments"),
+    ],
 )
 def test_scales_of_other_segments_are_refused(scale: Tensor, message: str) -> None:
     ours = ours_of("48 kHz")

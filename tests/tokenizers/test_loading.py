@@ -53,9 +53,9 @@ def test_a_bundle_names_its_modalities(bundle: Path, modality: str | None) -> No
 
 
 def test_a_tokenizer_without_the_modality_is_refused(tokenizers: Path) -> None:
-    with pytest.raises(PlaitError, match="is a text tokenizer, it has no image"):
+    with pytest.raises(PlaitError, match="is of kind text, it has no image"):
         load_tokenizer(tokenizers / "text", "image")
-    with pytest.raises(PlaitError, match="is a visual tokenizer, it has no text"):
+    with pytest.raises(PlaitError, match="is of kind visual, it has no text"):
         load_tokenizer(tokenizers / "visual", "text")
 
 
