@@ -128,10 +128,12 @@ class NetworkTokenizer(nn.Module, Tokenizer):
             raise PlaitError(f"{folder}/config.json: not a {cls.architecture} {cls.kind} tokenizer, but {header}")
         fingerprint = content.pop("fingerprint", None)
         config = cls.config_from(content, folder / "config.json")
-        # Without memory for what the file may not hold.
+        # First without memory for what the file may not hold; only the second one has the buffers that are not stored.
         with torch.device("meta"):
-            tokenizer = cls(config)
-        load_weights(tokenizer, folder / "model.safetensors")
+            stored = cls(config)
+        load_weights(stored, folder / "model.safetensors")
+        tokenizer = cls(config)
+        tokenizer.load_state_dict(stored.state_dict())
         tokenizer.eval().requires_grad_(False)
         if fingerprint != tokenizer.fingerprint:
             raise PlaitError(
