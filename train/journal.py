@@ -81,6 +81,7 @@ class Journal:
             self._tensorboard().add_audio(name, mixed, step, sample_rate=exhibit.sample_rate)
         else:
             self._tensorboard().add_image(name, np.array(exhibit), step, dataformats="HWC")
+        self._tensorboard().flush()
 
     def _tensorboard(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
