@@ -27,6 +27,7 @@ from plait.errors import PlaitError
 from plait.tokenizers.foreign import Layout, Tensors, fold_weight_norm
 from plait.tokenizers.quantizer import QuantizerConfig, build_quantizer
 from plait.tokenizers.streaming import Chain, Stream, Streamed, whole
+from plait.tokenizers.waveblocks import ELU
 from plait.tokenizers.waves import CHUNK, WaveTokenizer
 
 # Beyond any network there is, so that a damaged file asks for no terabytes.
@@ -143,18 +144,6 @@ class EnCodecConfig:
 def _joined(past: Tensor | None, x: Tensor) -> Tensor:
     """What was kept and what came, along time."""
     return x if past is None or not past.shape[1] else torch.cat([past, x], 1)
-
-
-class ELU(nn.Module):
-    """``x`` where it is above 0, ``eˣ − 1`` below."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape → the same."""
-        if x.requires_grad or x.device.type != "cpu":
-            return F.elu(x)
-        # The same to the last bit of 1, in half of the time: for small x, PyTorch's is exact to the last bit of x.
-        below = x.clamp(max=0).exp_().sub_(1)
-        return torch.maximum(x, below, out=below)
 
 
 class TimeNorm(nn.Module):
@@ -425,7 +414,7 @@ class EnCodecTokenizer(WaveTokenizer):
         return math.prod(self.config.strides)
 
     @property
-    def has_segments(self) -> bool:  # type: ignore[override]
+    def has_segments(self) -> bool:
         """Whether sound is cut into segments."""
         return bool(self.config.segment)
 

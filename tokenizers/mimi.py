@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from plait.errors import PlaitError
 from plait.tokenizers.averages import straight_through
-from plait.tokenizers.encodec import ELU
 from plait.tokenizers.foreign import Layout, Tensors
 from plait.tokenizers.quantizer import Quantized, Quantizer, QuantizerConfig, build_quantizer
 from plait.tokenizers.streaming import Chain, Stream, Streamed
+from plait.tokenizers.waveblocks import ELU
 from plait.tokenizers.waves import WaveTokenizer
 
 # Taps of the first and last convolution of a half and of its residual units, which have half the channels inside.

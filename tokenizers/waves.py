@@ -34,8 +34,6 @@ class WaveTokenizer(NetworkTokenizer):
 
     kind: ClassVar[str] = "audio"
     modalities: ClassVar[tuple[str, ...]] = ("audio",)
-    # Whether sound is cut into segments, each with a level of its own.
-    has_segments: bool = False
 
     @property
     @abstractmethod
@@ -75,6 +73,11 @@ class WaveTokenizer(NetworkTokenizer):
         Returns:
             ``[B, C, n]``, not clamped; over the whole signal at least ``t · factor`` samples.
         """
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether sound is cut into segments, each with a level of its own."""
+        return False
 
     @property
     def frame_rate(self) -> float:
