@@ -224,8 +224,9 @@ class HaarShuffle(HaarUnshuffle):
 
 def haar_basis(patch: int) -> Tensor:
     """The orthonormal basis ``[p², p²]`` of a p × p patch: Kronecker products of the 2-point Haar transform."""
-    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5
-    basis = torch.ones(1, 1)
+    # Never on the meta device: no state dict would fill it.
+    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu") / 2**0.5
+    basis = torch.ones(1, 1, device="cpu")
     while basis.shape[0] < patch:
         basis = torch.kron(basis, step)
     return torch.kron(basis, basis)

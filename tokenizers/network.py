@@ -128,12 +128,10 @@ class NetworkTokenizer(nn.Module, Tokenizer):
             raise PlaitError(f"{folder}/config.json: not a {cls.architecture} {cls.kind} tokenizer, but {header}")
         fingerprint = content.pop("fingerprint", None)
         config = cls.config_from(content, folder / "config.json")
-        # First without memory for what the file may not hold; only the second one has the buffers that are not stored.
+        # Without memory for what the file may not hold; buffers that are not stored are made on the CPU all the same.
         with torch.device("meta"):
-            stored = cls(config)
-        load_weights(stored, folder / "model.safetensors")
-        tokenizer = cls(config)
-        tokenizer.load_state_dict(stored.state_dict())
+            tokenizer = cls(config)
+        load_weights(tokenizer, folder / "model.safetensors")
         tokenizer.eval().requires_grad_(False)
         if fingerprint != tokenizer.fingerprint:
             raise PlaitError(

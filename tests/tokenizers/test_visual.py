@@ -585,3 +585,14 @@ def test_a_copy_is_independent(visual_tokenizer: VisualTokenizer) -> None:
         twin.encoder.head.bias.add_(1)
     assert not torch.equal(twin.encode(pixels).codes, expected.codes)
     assert torch.equal(visual_tokenizer.encode(pixels).codes, expected.codes)
+
+
+def test_a_haar_stem_is_there_after_loading(tmp_path: Path) -> None:
+    tokenizer = VisualTokenizer(VisualConfig(stem="haar", widths=(8, 8))).eval()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert not any(buffer.is_meta for buffer in loaded.buffers())
+    pixels = picture(1, 3, 16, 16)
+    encoded = tokenizer.encode(pixels)
+    assert torch.equal(loaded.encode(pixels).codes, encoded.codes)
+    assert torch.equal(loaded.decode(encoded.codes), tokenizer.decode(encoded.codes))
