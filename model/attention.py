@@ -1,44 +1,22 @@
-"""Causal grouped-query attention: packed documents in training, a KV cache in generation.
-
-In training a row holds several documents, each with positions from 0, and no document sees another. Every document
-then is a row of its own in one padded, plainly causal attention: exact, and as fast as the documents are short.
-"""
+"""Causal grouped-query attention: projections, QK-norm and rotation; packed documents in training, a cache after it."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from plait.model.cache import KVCache
 from plait.model.config import DecoderConfig
-from plait.model.rope import rotate
+from plait.model.rope import Table, rotate
 
 
-@dataclass
-class Packing:
-    """Where the documents of a batch ``[B, T]`` lie.
+class Place(Protocol):
+    """Where the tokens of a forward pass stand, and so what they see: `Packing`, `FlexPacking` or `Cached`."""
 
-    Attributes:
-        gather: int64 ``[documents, longest]``, index into ``B·T``; the padding repeats some valid index.
-        valid: bool ``[documents, longest]``; its True entries in order are the tokens in order.
-    """
-
-    gather: Tensor
-    valid: Tensor
-
-    @classmethod
-    def of(cls, positions: Tensor) -> "Packing":
-        """Find the documents: one begins wherever a position is 0 (and at the start of every row)."""
-        begins = positions == 0
-        begins[:, 0] = True
-        starts = begins.flatten().nonzero().flatten()
-        total = torch.tensor([positions.numel()], device=positions.device)
-        lengths = torch.diff(starts, append=total)
-        step = torch.arange(int(lengths.max()), device=positions.device)
-        gather = (starts[:, None] + step).clamp_max(positions.numel() - 1)
-        return cls(gather, step < lengths[:, None])
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int, dropout: float) -> Tensor:
+        """``[B, T, heads, d]`` of queries, and of as many or fewer heads of keys and values, → the shape of ``q``."""
 
 
 @dataclass
@@ -57,8 +35,38 @@ class Cached:
     mask: Tensor | None
     used: int
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int, dropout: float) -> Tensor:
+        """As `Packing.attend`; the window is in the mask already."""
+        k, v = self.cache.update(layer, k, v, self.positions, self.used)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=q.shape[2] != k.shape[1]
+        )
+        return out.transpose(1, 2)
 
-Where = Packing | Cached
+
+class HeadNorm(nn.Module):
+    """LayerNorm over each head, with a weight and a bias for each head (Chameleon, arXiv 2405.09818)."""
+
+    EPS = 1e-5  # the models' other norms may have another
+
+    def __init__(self, heads: int, head_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, head_size))
+        self.bias = nn.Parameter(torch.zeros(heads, head_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., heads, head_size]`` → the same shape."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.EPS) * self.weight + self.bias
+
+
+def build_qk_norm(config: DecoderConfig, heads: int) -> nn.Module:
+    """The norm on queries or keys."""
+    match config.qk_norm:
+        case "rms":
+            return nn.RMSNorm(config.head_size, eps=config.norm_eps)
+        case "layer":
+            return HeadNorm(heads, config.head_size)
+    return nn.Identity()
 
 
 class Attention(nn.Module):
@@ -66,41 +74,25 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.heads, self.kv_heads, self.head_size = config.heads, config.kv_heads, config.head_size
-        self.q_proj = nn.Linear(config.width, config.heads * config.head_size, bias=False)
-        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
-        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
-        self.o_proj = nn.Linear(config.heads * config.head_size, config.width, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.layer, self.window, self.dropout = layer, config.sliding_window, config.attention_dropout
+        self.head_size = config.head_size
+        inner, inner_kv = config.heads * config.head_size, config.kv_heads * config.head_size
+        self.q_proj = nn.Linear(config.width, inner, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.width, inner_kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.width, inner_kv, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(inner, config.width, bias=False)
+        self.q_norm = build_qk_norm(config, config.heads)
+        self.k_norm = build_qk_norm(config, config.kv_heads)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], where: Where) -> Tensor:
+    def forward(self, x: Tensor, table: Table, place: Place) -> Tensor:
         """Attend.
 
         Args:
             x: ``[B, T, width]``.
             table: rotary cosines and sines ``[B, T, head_size / 2]``.
-            where: the packing in training, the place in the cache in generation.
+            place: the packing in training, the place in the cache in generation.
         """
-        q = self.q_norm(rearrange(self.q_proj(x), "b t (n d) -> b t n d", n=self.heads))
-        k = self.k_norm(rearrange(self.k_proj(x), "b t (n d) -> b t n d", n=self.kv_heads))
-        v = rearrange(self.v_proj(x), "b t (n d) -> b t n d", n=self.kv_heads)
-        q, k = rotate(q, table), rotate(k, table)
-        out = self._packed(q, k, v, where) if isinstance(where, Packing) else self._cached(q, k, v, where)
-        return self.o_proj(rearrange(out, "b t n d -> b t (n d)"))
-
-    def _packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-        rows = len(q)
-        q, k, v = (rearrange(x, "b t n d -> (b t) n d")[packing.gather].transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, self._spread(k), self._spread(v), is_causal=True)
-        return rearrange(out.transpose(1, 2)[packing.valid], "(b t) n d -> b t n d", b=rows)
-
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, at: Cached) -> Tensor:
-        k, v = at.cache.update(self.layer, k, v, at.positions, at.used)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), self._spread(k), self._spread(v), attn_mask=at.mask)
-        return out.transpose(1, 2)
-
-    def _spread(self, x: Tensor) -> Tensor:
-        """Give every query head its key/value head: ``[B, kv_heads, S, d]`` → ``[B, heads, S, d]``."""
-        return x if self.heads == self.kv_heads else x.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        out = place.attend(q, k, v, self.layer, self.window, self.dropout if self.training else 0.0)
+        return self.o_proj(out.flatten(-2))

@@ -9,13 +9,15 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from plait.errors import PlaitError
-from plait.model.attention import Attention, Cached, Packing, Where
+from plait.model.attention import Attention, Cached, Place
 from plait.model.cache import KVCache
 from plait.model.config import DecoderConfig
-from plait.model.loss import LossSums, Targets, next_token_loss
-from plait.model.rope import rotary_table
+from plait.model.loss import Head, LossSums, Targets
+from plait.model.packing import find_documents
+from plait.model.rope import Rotary, Table
 
 
 class SwiGLU(nn.Module):
@@ -33,7 +35,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Attention and feed-forward, each added to the residual stream, normalized before or after."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -42,11 +44,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.normalizes_first = config.norm_placement == "pre"
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], where: Where) -> Tensor:
+    def forward(self, x: Tensor, table: Table, place: Place) -> Tensor:
         """``[B, T, width]`` → the same shape; the other arguments are `Attention`'s."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), table, where))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        if self.normalizes_first:
+            x = x + self.dropout(self.self_attn(self.input_layernorm(x), table, place))
+            return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        x = x + self.dropout(self.input_layernorm(self.self_attn(x, table, place)))
+        return x + self.dropout(self.post_attention_layernorm(self.mlp(x)))
 
 
 class Decoder(nn.Module):
@@ -54,6 +60,10 @@ class Decoder(nn.Module):
 
     Args:
         config: its ``vocabulary_size`` must be set.
+
+    Attributes:
+        checkpoint_activations: in training, keep only each block's input and compute the rest again in the backward
+            pass (arXiv 1604.06174).
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -61,11 +71,13 @@ class Decoder(nn.Module):
         if config.vocabulary_size < 1:
             raise PlaitError("decoder: vocabulary_size is not set")
         self.config = config
+        self.checkpoint_activations = False
+        self.rotary = Rotary(config)
         self.embed_tokens = nn.Embedding(config.vocabulary_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.width, config.vocabulary_size, bias=False)
+        self.lm_head = Head(config.width, config.vocabulary_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self._initialize()
@@ -91,10 +103,8 @@ class Decoder(nn.Module):
             logits ``[B, T, vocabulary_size]``, or with ``targets`` the `LossSums`.
         """
         hidden = self._hidden(tokens, positions, cache)
-        if targets is None:
-            logits: Tensor = self.lm_head(hidden)
-            return logits
-        return next_token_loss(self.lm_head, hidden, targets, z_loss)
+        out: Tensor | LossSums = self.lm_head(hidden) if targets is None else self.lm_head(hidden, targets, z_loss)
+        return out
 
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: KVCache, last: Tensor) -> Tensor:
         """Feed tokens through the cache and return the logits after index ``last`` ``[B]`` of each row, ``[B, V]``."""
@@ -103,26 +113,45 @@ class Decoder(nn.Module):
         return self.lm_head(chosen).float()
 
     def _hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
-        where: Where
+        place: Place
+        lengths = None
         if cache is None:
-            where = Packing.of(positions)
+            place = find_documents(positions, self.config.sliding_window, self._attention_dropout)
+            if self.rotary.is_dynamic:
+                lengths = place.token_lengths(positions.shape)
         else:
-            used = int(positions.max()) + 1
-            if used > cache.capacity:
-                raise PlaitError(f"generation: position {used - 1} is beyond the cache's {cache.capacity} slots")
-            seen = torch.arange(used, device=tokens.device) <= positions[:, None, :, None]
-            where = Cached(cache, positions, None if bool(seen.all()) else seen, used)
-        table = rotary_table(positions, self.config.head_size, self.config.rope_theta)
+            place = self._place(positions, cache)
+            if self.rotary.is_dynamic:
+                lengths = (positions.amax(1, keepdim=True) + 1).expand_as(positions)
+        table = self.rotary.table(positions, lengths)
         x = self.dropout(self.embed_tokens(tokens))
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.layers:
-            x = block(x, table, where)
+            x = checkpoint(block, x, table, place, use_reentrant=False) if recompute else block(x, table, place)
         normed: Tensor = self.norm(x)
         return normed
+
+    def _place(self, positions: Tensor, cache: KVCache) -> Cached:
+        used = int(positions.max()) + 1
+        if used > cache.capacity:
+            raise PlaitError(f"generation: position {used - 1} is beyond the cache's {cache.capacity} slots")
+        behind = positions[:, None, :, None] - torch.arange(used, device=positions.device)
+        seen = behind >= 0
+        if self.config.sliding_window:
+            seen &= behind < self.config.sliding_window
+        return Cached(cache, positions, None if bool(seen.all()) else seen, used)
+
+    @property
+    def _attention_dropout(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
 
     @torch.no_grad()
     def _initialize(self) -> None:
         """Normal with standard deviation 0.02; projections into the residual stream are scaled by depth (GPT-2)."""
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if into_residual else 0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                into_residual = name.endswith(("o_proj", "down_proj"))
+                std = 0.02 / math.sqrt(2 * self.config.layers) if into_residual else 0.02
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
