@@ -98,7 +98,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     expected = gradients(decoder, tokens, positions)
     decoder.checkpoint_activations = True
     seen = []
-    decoder.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    decoder.layers[0].register_forward_pre_hook(lambda *_: seen.append(1))
     for a, b in zip(gradients(decoder, tokens, positions), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     assert len(seen) == 2

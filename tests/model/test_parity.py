@@ -74,7 +74,7 @@ def theirs_of(decoder: Decoder, family: str, rope: dict[str, Any] | None = None)
         "rope_parameters": (rope or {"rope_type": "default"}) | {"rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": 32,
-        "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     if family.startswith("chameleon"):
         from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
