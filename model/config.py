@@ -74,8 +74,8 @@ class DecoderConfig:
         rope_theta: base of the rotary frequencies.
         rope_scaling: how they are stretched.
         norm_eps: added to the mean square in RMSNorm.
-        norm_placement: "pre" normalizes what goes into attention and feed-forward, "post" what comes out of them, before
-            it is added to the residual stream (Swin v2, arXiv 2111.09883).
+        norm_placement: "pre" normalizes what goes into attention and feed-forward, "post" what comes out of them and is
+            added to the residual stream (Swin v2, arXiv 2111.09883).
         qk_norm: on queries and keys, per head and before RoPE: "none", "rms" (RMSNorm with one weight for all heads) or
             "layer" (LayerNorm with a weight and a bias for each head, as in Chameleon, arXiv 2405.09818).
         qkv_bias: biases in the query, key and value projections.

@@ -53,17 +53,21 @@ def test_packed_document_is_as_alone_in_logits_and_gradients(kind: str, rows: li
     decoder = random_decoder(**{"width": 32, "layers": 2, "heads": 4, "kv_heads": 2} | KINDS[kind])
     tokens = torch.randint(VOCABULARY, (2, 20))
     positions = torch.cat([along(*lengths) for lengths in rows])
+    probe = torch.randn(2, 20, VOCABULARY)
+
+    def run(tokens: Tensor, positions: Tensor, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits = decoder(tokens, positions)
+        return logits, list(torch.autograd.grad((logits * probe).sum(), list(decoder.parameters())))
+
     for row, lengths in enumerate(rows):
         for i, length in enumerate(lengths):
             part = slice(sum(lengths[:i]), sum(lengths[:i]) + length)
-            probe = torch.randn(length, VOCABULARY)
-
-            def run(tokens: Tensor, positions: Tensor, row: int, part: slice) -> tuple[Tensor, list[Tensor]]:
-                logits = decoder(tokens, positions)[row, part]
-                return logits, list(torch.autograd.grad((logits * probe).mean(), list(decoder.parameters())))
-
-            packed, packed_gradients = run(tokens, positions, row, part)
-            alone, alone_gradients = run(tokens[row : row + 1, part], along(length), 0, slice(0, length))
+            only = torch.zeros_like(probe)
+            only[row, part] = probe[row, part] / probe[row, part].numel()
+            packed, packed_gradients = run(tokens, positions, only)
+            packed = packed[row, part]
+            alone, alone_gradients = run(tokens[row : row + 1, part], along(length), only[row : row + 1, part])
+            alone = alone[0]
             torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
             for a, b in zip(packed_gradients, alone_gradients, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=0)

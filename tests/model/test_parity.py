@@ -84,9 +84,11 @@ def theirs_of(decoder: Decoder, family: str, rope: dict[str, Any] | None = None)
         )
         theirs: nn.Module = hf.ChameleonModel(
             hf.ChameleonConfig(
-                **settings, swin_norm=config.norm_placement == "post", vq_config=vq,
+                **settings,
+                swin_norm=config.norm_placement == "post",
+                vq_config=vq,
                 vocabulary_map={"<image>": 3, "IMGIMGAZ": 4},
-            )  # fmt: skip
+            )
         )
         weights = {k: v for k, v in decoder.state_dict().items() if k != "lm_head.weight"}
         found = theirs.load_state_dict(weights, strict=False)

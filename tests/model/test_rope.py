@@ -78,7 +78,10 @@ SCALINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("ours", "theirs"), SCALINGS, ids=lambda value: str(value.get("kind", "none")))
 def test_scalings_equal_transformers(ours: dict[str, Any], theirs: dict[str, Any], theta: float, length: int) -> None:
     config = LlamaConfig(
-        hidden_size=64, num_attention_heads=2, max_position_embeddings=64, rope_parameters=theirs | {"rope_theta": theta}
+        hidden_size=64,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        rope_parameters=theirs | {"rope_theta": theta},
     )
     positions = torch.arange(length)[None]
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
