@@ -5,7 +5,7 @@ together: exact, and as fast as the documents are short. On a GPU (`FlexPacking`
 FlexAttention leaves out the blocks of the mask in which nothing is seen; it has not been run on a GPU yet.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -81,12 +81,12 @@ class Packing:
             ``[B, T, heads, d]``.
         """
         if self.order is None:
-            parts = (x.reshape(-1, self.length, *x.shape[2:]) for x in (q, k, v))
-            return _causal(*parts, window, dropout).reshape(q.shape)
+            rows = [x.reshape(-1, self.length, *x.shape[2:]) for x in (q, k, v)]
+            return _causal(rows, window, dropout).reshape(q.shape)
         flat = [x.flatten(0, 1) for x in (q, k, v)]
         outs = []
         for bucket in self.buckets:
-            out = _causal(*(x[bucket.gather] for x in flat), window, dropout)
+            out = _causal([x[bucket.gather] for x in flat], window, dropout)
             outs.append(out.flatten(0, 1) if bucket.valid is None else out[bucket.valid])
         return torch.cat(outs)[self.order].view(q.shape)
 
@@ -133,11 +133,12 @@ class FlexPacking:
 
 
 @cache
-def _flex_attention(device: str) -> Callable[..., Tensor]:
+def _flex_attention(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Without compilation it holds all the scores at once, which is for tests only.
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    attend: Any = torch.compile(flex_attention) if device == "cuda" else flex_attention
+    return attend
 
 
 def find_documents(positions: Tensor, window: int, dropout: float) -> Packing | FlexPacking:
@@ -154,10 +155,10 @@ def _bucket(starts: Tensor, lengths: Tensor) -> Bucket:
     return Bucket(gather, None if bool(valid.all()) else valid)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> Tensor:
-    """Plain causal attention of rows ``[N, L, heads, d]``."""
-    length, grouped = q.shape[1], q.shape[2] != k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+def _causal(qkv: Sequence[Tensor], window: int, dropout: float) -> Tensor:
+    """Plain causal attention of rows: queries, keys and values ``[N, L, heads, d]``."""
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    length, grouped = q.shape[2], q.shape[1] != k.shape[1]
     mask = None
     if 0 < window < length:
         step = torch.arange(length, device=q.device)
