@@ -2,7 +2,8 @@
 
 On a CPU (`Packing`) every document becomes a row of its own in a plainly causal attention, documents of like length
 together: exact, and as fast as the documents are short. On a GPU (`FlexPacking`) the rows stay as they are and
-FlexAttention leaves out the blocks of the mask in which nothing is seen; it has not been run on a GPU yet.
+FlexAttention leaves out the blocks of the mask in which nothing is seen; it has not been run on a GPU yet. Inside
+``torch.compile``, where no shape may depend on the data, there is the whole mask (`MaskPacking`).
 """
 
 from collections.abc import Sequence
@@ -50,8 +51,8 @@ class Packing:
     @classmethod
     def of(cls, positions: Tensor) -> "Packing":
         """Find the documents: one begins wherever a position is 0 (and at the start of every row)."""
-        begins = positions == 0
-        begins[:, 0] = True
+        document = number_documents(positions)
+        begins = torch.diff(document, dim=1, prepend=torch.zeros_like(document[:, :1])) > 0
         starts = begins.flatten().nonzero().flatten()
         lengths = torch.diff(starts, append=torch.tensor([positions.numel()], device=positions.device))
         longest = int(lengths.max())
@@ -108,9 +109,7 @@ class FlexPacking:
         """The mask of ``positions`` ``[B, T]``; ``window`` as in `Packing.attend`."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        begins = positions == 0
-        begins[:, 0] = True
-        document = begins.cumsum(1)
+        document = number_documents(positions)
 
         def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             near = (query >= key) & (document[b, query] == document[b, key])
@@ -132,6 +131,46 @@ class FlexPacking:
         return flex(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
+@dataclass
+class MaskPacking:
+    """The mask of a batch in full.
+
+    Attributes:
+        mask: bool ``[B, 1, T, T]``, which queries see which keys.
+        lengths: int64 ``[B, T]``, how long each token's document is.
+    """
+
+    mask: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor, window: int) -> "MaskPacking":
+        """The mask of ``positions`` ``[B, T]``; ``window`` as in `Packing.attend`."""
+        document = number_documents(positions)
+        same = document[:, :, None] == document[:, None, :]
+        step = torch.arange(positions.shape[1], device=positions.device)
+        behind = step[:, None] - step
+        seen = (behind >= 0) & (behind < window) if window else behind >= 0
+        return cls((same & seen)[:, None], same.sum(-1))
+
+    def token_lengths(self, shape: torch.Size) -> Tensor:
+        """As `Packing.token_lengths`."""
+        return self.lengths
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int, dropout: float) -> Tensor:
+        """As `Packing.attend`."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout, enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+
+def number_documents(positions: Tensor) -> Tensor:
+    """Which of its row's documents each token belongs to, int64 ``[B, T]`` from 1."""
+    column = torch.arange(positions.shape[1], device=positions.device)
+    return ((positions == 0) | (column == 0)).cumsum(1)
+
+
 @cache
 def _flex_attention(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
@@ -141,9 +180,11 @@ def _flex_attention(device: str) -> Any:
     return attend
 
 
-def find_documents(positions: Tensor, window: int, dropout: float) -> Packing | FlexPacking:
-    """The packing for the device of ``positions``; FlexAttention has no dropout on attention's weights."""
-    return FlexPacking.of(positions, window) if positions.is_cuda and not dropout else Packing.of(positions)
+def find_documents(positions: Tensor, window: int, dropout: float) -> Packing | FlexPacking | MaskPacking:
+    """The packing for where this runs; FlexAttention has no dropout on attention's weights."""
+    if positions.is_cuda and not dropout:
+        return FlexPacking.of(positions, window)
+    return MaskPacking.of(positions, window) if torch.compiler.is_compiling() else Packing.of(positions)
 
 
 def _bucket(starts: Tensor, lengths: Tensor) -> Bucket:

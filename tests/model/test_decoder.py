@@ -10,7 +10,7 @@ from plait.errors import PlaitError
 from plait.model.config import DecoderConfig, RopeScaling
 from plait.model.decoder import Decoder
 from plait.model.loss import Targets
-from plait.model.packing import FlexPacking, Packing
+from plait.model.packing import FlexPacking, MaskPacking, Packing
 
 VOCABULARY = 97
 
@@ -75,14 +75,15 @@ def test_packed_document_is_as_alone_in_logits_and_gradients(kind: str, rows: li
 
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("rows", PACKED, ids=str)
-def test_flex_attention_sees_the_same(rows: list[tuple[int, ...]], window: int) -> None:
+def test_the_packings_see_the_same(rows: list[tuple[int, ...]], window: int) -> None:
     torch.manual_seed(0)
     positions = torch.cat([along(*lengths) for lengths in rows])
     q, k, v = (torch.randn(2, 20, heads, 16) for heads in (4, 2, 2))
-    one, other = Packing.of(positions), FlexPacking.of(positions, window)
+    one = Packing.of(positions)
     expected = one.attend(q, k, v, 0, window, 0.0)
-    torch.testing.assert_close(other.attend(q, k, v, 0, window, 0.0), expected, atol=1e-5, rtol=0)
-    assert torch.equal(one.token_lengths(positions.shape), other.token_lengths(positions.shape))
+    for other in (FlexPacking.of(positions, window), MaskPacking.of(positions, window)):
+        torch.testing.assert_close(other.attend(q, k, v, 0, window, 0.0), expected, atol=1e-5, rtol=0)
+        assert torch.equal(one.token_lengths(positions.shape), other.token_lengths(positions.shape))
 
 
 def targets_of(tokens: Tensor) -> Targets:
@@ -106,6 +107,21 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     for a, b in zip(gradients(decoder, tokens, positions), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     assert len(seen) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rms", "dynamic"])
+def test_a_whole_decoder_compiles_without_a_break(kind: str) -> None:
+    decoder = random_decoder(**{"width": 32, "layers": 2, "heads": 4, "kv_heads": 2} | KINDS[kind])
+    tokens, positions = torch.randint(VOCABULARY, (2, 20)), torch.cat([along(5, 9, 6), along(20)])
+    torch._dynamo.reset()
+    compiled = torch.compile(decoder, fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, positions), decoder(tokens, positions), atol=1e-4, rtol=1e-4)
+    expected = gradients(decoder, tokens, positions)
+    decoder.zero_grad()
+    compiled(tokens, positions, targets=targets_of(tokens)).loss.backward()
+    for a, b in zip(decoder.parameters(), expected, strict=True):
+        torch.testing.assert_close(a.grad, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
