@@ -1,13 +1,11 @@
 """Causal grouped-query attention: projections, QK-norm and rotation; packed documents in training, a cache after it."""
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.model.cache import KVCache
 from plait.model.config import DecoderConfig
 from plait.model.rope import Table, rotate
 
@@ -17,31 +15,6 @@ class Place(Protocol):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int, dropout: float) -> Tensor:
         """``[B, T, heads, d]`` of queries, and of as many or fewer heads of keys and values, → the shape of ``q``."""
-
-
-@dataclass
-class Cached:
-    """A place in the KV cache.
-
-    Attributes:
-        cache: to write to and attend over.
-        positions: int64 ``[B, T]`` of the new tokens.
-        mask: bool ``[B, 1, T, used]`` of what each may see; None when all may see all.
-        used: slots in use.
-    """
-
-    cache: KVCache
-    positions: Tensor
-    mask: Tensor | None
-    used: int
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int, dropout: float) -> Tensor:
-        """As `Packing.attend`; the window is in the mask already."""
-        k, v = self.cache.update(layer, k, v, self.positions, self.used)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=q.shape[2] != k.shape[1]
-        )
-        return out.transpose(1, 2)
 
 
 class HeadNorm(nn.Module):

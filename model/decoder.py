@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plait.errors import PlaitError
-from plait.model.attention import Attention, Cached, Place
+from plait.model.attention import Attention, Place
 from plait.model.cache import KVCache
 from plait.model.config import DecoderConfig
 from plait.model.loss import Head, LossSums, Targets
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
             if self.rotary.is_dynamic:
                 lengths = place.token_lengths(positions.shape)
         else:
-            place = self._place(positions, cache)
+            place = cache.place(positions)
             if self.rotary.is_dynamic:
                 lengths = (positions.amax(1, keepdim=True) + 1).expand_as(positions)
         table = self.rotary.table(positions, lengths)
@@ -130,16 +130,6 @@ class Decoder(nn.Module):
             x = checkpoint(block, x, table, place, use_reentrant=False) if recompute else block(x, table, place)
         normed: Tensor = self.norm(x)
         return normed
-
-    def _place(self, positions: Tensor, cache: KVCache) -> Cached:
-        used = int(positions.max()) + 1
-        if used > cache.capacity:
-            raise PlaitError(f"generation: position {used - 1} is beyond the cache's {cache.capacity} slots")
-        behind = positions[:, None, :, None] - torch.arange(used, device=positions.device)
-        seen = behind >= 0
-        if self.config.sliding_window:
-            seen &= behind < self.config.sliding_window
-        return Cached(cache, positions, None if bool(seen.all()) else seen, used)
 
     @property
     def _attention_dropout(self) -> float:

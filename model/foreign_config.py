@@ -1,0 +1,454 @@
+"""Other projects' settings of a decoder ↔ `DecoderConfig`: transformers' config.json and Meta's params.json.
+
+Every field is used, known to change nothing, or refused by name: a setting that is passed over is a model that is
+silently another one.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from plait.errors import PlaitError
+from plait.model.config import DecoderConfig, RopeScaling
+
+Fields = dict[str, Any]
+
+# What config.json leaves out where it is the class's default; nested configurations do so in released files.
+_COMMON: Fields = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": None,
+    "head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0,
+    "attention_dropout": 0.0, "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+    "partial_rotary_factor": None,
+}  # fmt: skip
+_EMU3 = {
+    "vocab_size": 184622, "intermediate_size": 14336, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6, "max_position_embeddings": 9216, "attention_dropout": 0.1,
+}  # fmt: skip
+_QWEN = {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
+}  # fmt: skip
+_DEFAULTS: dict[str, Fields] = {
+    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": {
+        "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "sliding_window": 4096, "layer_types": None,
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "emu3_text_model": _EMU3,
+    "Emu3": _EMU3,
+    "chameleon": {
+        "vocab_size": 65536, "intermediate_size": 11008, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "swin_norm": False,
+    },
+}  # fmt: skip
+MODEL_TYPES = (*_DEFAULTS, "emu3")
+
+# Fields of config.json that do not change what the decoder computes. Token ids are kept for a later export.
+_HARMLESS = {
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation",
+    "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "image_area", "initializer_range", "label2id",
+    "model_parallel_size", "model_type", "original_max_position_embeddings", "pretraining_tp", "problem_type",
+    "return_dict", "rope_parameters", "rope_scaling", "task_specific_params", "text_config", "tokenizer_class",
+    "torch_dtype", "transformers_version", "unsloth_version", "use_cache", "vocabulary_map", "vq_config",
+}  # fmt: skip
+_WHY = {
+    "quantization_config": "the weights are quantized, which is not read; import the unquantized release",
+    "mlp_bias": "biases in the feed-forward layers are not supported",
+    "partial_rotary_factor": "rotating only a part of each head is not supported",
+}
+
+
+def is_token_id(name: str) -> bool:
+    """Whether a field names a token, which matters to generation only."""
+    return name.endswith(("_token_id", "_token_index"))
+
+
+def from_transformers(content: Fields, tensors: Collection[str]) -> tuple[DecoderConfig, int]:
+    """The decoder of a config.json, and its context in tokens.
+
+    Args:
+        content: the file.
+        tensors: names of the checkpoint's tensors: Emu3 and Emu3.5 differ only there.
+
+    Raises:
+        PlaitError: an unknown architecture, a field that is not known, or a value that no decoder here has.
+    """
+    content = text_config(content)
+    kind = content.get("model_type")
+    if kind not in _DEFAULTS:
+        raise PlaitError(f"config.json: model_type is {kind!r}, known are {', '.join(MODEL_TYPES)}")
+    known = {**_COMMON, **_DEFAULTS[kind]}
+    _refuse_unknown(content, {*known, *_HARMLESS}, "config.json")
+    # A null stands for the default of these.
+    f = known | {k: v for k, v in content.items() if v is not None or known.get(k) is None}
+    f["sliding_window"] = content.get("sliding_window", known["sliding_window"])
+    for name in ("attention_bias", "mlp_bias"):
+        if f[name]:
+            reason = _WHY.get(name, "a bias in the output projection of attention is not supported")
+            raise PlaitError(f"config.json: {name} is {f[name]!r}; {reason}")
+    if f["hidden_act"] not in ("silu", "swish"):
+        raise PlaitError(f"config.json: hidden_act is {f['hidden_act']!r}, expected 'silu'")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "max_position_embeddings")  # fmt: skip
+    for name in sizes:
+        if type(f[name]) is not int or f[name] < 1:
+            raise PlaitError(f"config.json: {name} is {f[name]!r}, must be a whole number of at least 1")
+    is_emu3 = kind in ("Emu3", "emu3_text_model")
+    rms = kind == "qwen3" or (is_emu3 and any(name.endswith("self_attn.q_norm.weight") for name in tensors))
+    theta, scaling = _read_rope(f, content)
+    config = _build(
+        "config.json",
+        vocabulary_size=f["vocab_size"],
+        width=f["hidden_size"],
+        layers=f["num_hidden_layers"],
+        heads=f["num_attention_heads"],
+        kv_heads=f["num_key_value_heads"] or f["num_attention_heads"],
+        # Chameleon's heads share the width, whatever a field says.
+        head_size=0 if kind == "chameleon" else f["head_dim"] or 0,
+        ffn_width=f["intermediate_size"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=f["rms_norm_eps"],
+        norm_placement="post" if f.get("swin_norm") else "pre",
+        qk_norm="layer" if kind == "chameleon" else "rms" if rms else "none",
+        qkv_bias=kind == "qwen2",
+        tie_embeddings=f["tie_word_embeddings"],
+        sliding_window=_read_window(kind, f),
+        dropout=f["attention_dropout"] if is_emu3 else 0.0,
+        attention_dropout=f["attention_dropout"],
+    )
+    return config, f["max_position_embeddings"]
+
+
+def text_config(content: Fields) -> Fields:
+    """The part of a config.json that describes the decoder: Emu3's is nested."""
+    if content.get("model_type") != "emu3":
+        return content
+    outer = _HARMLESS | {"tie_word_embeddings"}
+    _refuse_unknown(content, outer, "config.json")
+    inner = content.get("text_config")
+    if not isinstance(inner, dict):
+        raise PlaitError("config.json: text_config is missing; copy the checkpoint again")
+    tied = {"tie_word_embeddings": content["tie_word_embeddings"]} if "tie_word_embeddings" in content else {}
+    return {"model_type": "emu3_text_model", **inner, **tied}
+
+
+def _refuse_unknown(content: Fields, known: Iterable[str], where: str) -> None:
+    known = set(known)
+    for name, value in content.items():
+        is_off = value is None or value is False or value in (0, "", [], {})
+        is_noise = name.startswith(("output_", "is_encoder_decoder", "use_bfloat16", "torchscript"))
+        if name in known or is_token_id(name) or is_off or is_noise:
+            continue
+        reason = _WHY.get(name, "this field is not known, and the model may be another one than is supported")
+        raise PlaitError(f"{where}: {name} is {repr(value)[:60]}; {reason}")
+
+
+def _read_window(kind: str, f: Fields) -> int:
+    """Tokens in the sliding window, 0 without one; the same in every layer."""
+    window = f["sliding_window"] or 0
+    layers, types = f["num_hidden_layers"], f.get("layer_types")
+    if kind.startswith("qwen") and not f["use_sliding_window"]:
+        window, types = 0, types if types and "sliding_attention" in types else None
+    if types is None and kind.startswith("qwen") and window:
+        first = f["max_window_layers"]
+        types = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(0, layers - first)
+    if not types:
+        return int(window)
+    if strange := set(types) - {"full_attention", "sliding_attention"}:
+        raise PlaitError(f"config.json: layer_types has {min(strange)!r}, which is not supported")
+    if len(set(types)) > 1 or ("sliding_attention" in types and not window):
+        raise PlaitError("config.json: layer_types mixes full and sliding attention, which is not supported")
+    return int(window) if "sliding_attention" in types else 0
+
+
+# RoPE
+
+_ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate",
+        "mscale", "mscale_all_dim",
+    ),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
+
+
+def _read_rope(f: Fields, content: Fields) -> tuple[float, RopeScaling]:
+    """Base and scaling, from transformers 5's ``rope_parameters`` or the two fields of earlier versions."""
+    name = "rope_parameters" if content.get("rope_parameters") else "rope_scaling"
+    rope = content.get(name) or {}
+    if not isinstance(rope, dict):
+        raise PlaitError(f"config.json: {name} is {rope!r}, expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_FIELDS:
+        raise PlaitError(f"config.json: {name}.rope_type is {kind!r}, known are {', '.join(_ROPE_FIELDS)}")
+    partial = rope.get("partial_rotary_factor", f["partial_rotary_factor"])
+    if partial not in (None, 1):
+        raise PlaitError(f"config.json: partial_rotary_factor is {partial!r}; {_WHY['partial_rotary_factor']}")
+    read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_FIELDS[kind]}
+    for field, value in rope.items():
+        if field not in read and value is not None and (field, value) != ("factor", 1):
+            raise PlaitError(f"config.json: {name}.{field} is {value!r}; this field is not known with {kind!r}")
+    theta = rope.get("rope_theta") or f["rope_theta"]
+    if kind == "default":
+        return theta, RopeScaling()
+    context = f["max_position_embeddings"]
+    trained = content.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    trained = context if kind == "dynamic" else trained or context
+    factor = rope.get("factor") or (context / trained if kind == "yarn" else None)
+    optional = {k: rope[k] for k in ("low_freq_factor", "high_freq_factor", "truncate") if rope.get(k) is not None}
+    optional |= {k: rope[k] for k in ("beta_fast", "beta_slow") if rope.get(k)}
+    if kind == "yarn":
+        optional["attention_factor"] = _attention_factor(rope, factor)
+    given = {"factor": factor, "original_context": 0 if kind == "linear" else trained, **optional}
+    try:
+        return theta, RopeScaling(kind, **given)
+    except (PlaitError, TypeError) as error:
+        raise PlaitError(f"config.json: {name}: {error}") from None
+
+
+def _attention_factor(rope: Fields, factor: float) -> float:
+    """YaRN's factor on queries and keys; 0 where it follows from ``factor`` alone."""
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+    return 0.0
+
+
+def _write_rope(config: DecoderConfig) -> Fields:
+    scaling, theta = config.rope_scaling, config.rope_theta
+    if scaling.kind == "ntk":  # a change of the base, and nothing else
+        theta *= scaling.factor ** (config.head_size / max(1, config.head_size - 2))
+    kind = "default" if scaling.kind in ("none", "ntk") else scaling.kind
+    rope: Fields = {"rope_type": kind, "rope_theta": theta}
+    if kind != "default":
+        rope["factor"] = scaling.factor
+    if kind in ("yarn", "llama3"):
+        rope["original_max_position_embeddings"] = scaling.original_context
+    if kind == "llama3":
+        rope |= {k: getattr(scaling, k) for k in ("low_freq_factor", "high_freq_factor")}
+    if kind == "yarn":
+        rope |= {k: getattr(scaling, k) for k in ("beta_fast", "beta_slow", "truncate")}
+        if scaling.attention_factor:
+            rope["attention_factor"] = scaling.attention_factor
+    return rope
+
+
+# Export to transformers
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "emu3_text_model": "Emu3ForCausalLM",
+    "Emu3": "Emu3ForCausalLM",
+    "chameleon": "ChameleonForConditionalGeneration",
+}
+
+
+def model_type(config: DecoderConfig, family: str) -> str:
+    """The architecture of transformers that computes what this decoder does.
+
+    Args:
+        config: the decoder's.
+        family: "emu3" keeps an Emu3 one where it can be.
+
+    Raises:
+        PlaitError: there is none.
+    """
+    if config.qk_norm == "layer":
+        _need(config, "qk_norm 'layer'", qkv_bias=False, sliding_window=0, head_size=config.width // config.heads)
+        return "chameleon"
+    _need(config, f"qk_norm {config.qk_norm!r}", norm_placement="pre")
+    if config.qk_norm == "rms":
+        _need(config, "qk_norm 'rms'", qkv_bias=False)
+        return "qwen3"
+    if config.qkv_bias:
+        return "qwen2"
+    if config.sliding_window:
+        return "mistral"
+    if family == "emu3":
+        return "emu3_text_model"
+    # transformers' Llama wants a width that the heads divide; its Mistral is the same decoder and does not.
+    return "mistral" if config.width % config.heads else "llama"
+
+
+def _need(config: DecoderConfig, having: str, **wanted: Any) -> None:
+    for name, value in wanted.items():
+        if (found := getattr(config, name)) != value:
+            raise PlaitError(
+                f"export: no architecture of transformers has {name} {found!r} together with {having}; "
+                "this decoder can only be used here"
+            )
+
+
+def to_transformers(kind: str, config: DecoderConfig, context: int, dtype: str, kept: Mapping[str, Any]) -> Fields:
+    """The config.json of a decoder.
+
+    Args:
+        kind: as `model_type` chose it, or "Emu3" for the original release's.
+        config: the decoder's.
+        context: longest sequence in tokens.
+        dtype: of the stored weights, as transformers names it.
+        kept: token ids, as the model was imported with them.
+    """
+    scaling = config.rope_scaling
+    rope = _write_rope(config)
+    fields: Fields = {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        "dtype": dtype,
+        "vocab_size": config.vocabulary_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "hidden_act": "silu",
+        # There the dynamic scaling begins where the context ends.
+        "max_position_embeddings": scaling.original_context if scaling.kind == "dynamic" else context,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": config.attention_dropout,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if kind == "Emu3":
+        fields |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": _older_rope(rope)}
+    else:
+        fields["rope_parameters"] = rope
+    if kind == "chameleon":
+        fields["swin_norm"] = config.norm_placement == "post"
+    elif kind in ("qwen3", "mistral") or config.head_size * config.heads != config.width:
+        fields["head_dim"] = config.head_size
+    if kind == "mistral":
+        fields["sliding_window"] = config.sliding_window or None
+    if kind in ("qwen2", "qwen3") and config.sliding_window:
+        fields |= {"use_sliding_window": True, "sliding_window": config.sliding_window, "max_window_layers": 0}
+    # transformers refuses ids that the vocabulary has not; Emu3's padding may not be null.
+    fields |= {k: v for k, v in kept.items() if not isinstance(v, int) or v < config.vocabulary_size}
+    if kind == "emu3_text_model":
+        for name in ("pad_token_id", "bos_token_id"):
+            fields[name] = fields[name] if fields[name] is not None else 0
+    return fields
+
+
+def _older_rope(rope: Fields) -> Fields | None:
+    if rope["rope_type"] == "default":
+        return None
+    return {"type": rope["rope_type"], **rope}
+
+
+# Meta's params.json
+
+_PARAMS = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim_multiplier", "multiple_of", "norm_eps",
+    "rope_theta", "qk_normalization", "swin_norm", "use_scaled_rope", "model_parallel_size", "dropout",
+}  # fmt: skip
+# What Meta's files hold besides: how the model was trained and run.
+_PARAMS_HARMLESS = {"model", "max_batch_size", "max_seq_len", "attn_dropout", "consolidate", "dtype", "seed"}
+
+
+def params_of(content: Fields) -> Fields:
+    """The model's fields of a params.json: Chameleon's nests them."""
+    inner = content.get("model")
+    return {**content, **inner} if isinstance(inner, dict) else content
+
+
+def from_params(params: Fields, rows: int, ffn_width: int, chameleon: bool) -> tuple[DecoderConfig, int]:
+    """The decoder of Meta's params.json, and its context in tokens.
+
+    Args:
+        params: the model's fields.
+        rows: of the output layer, over all shards.
+        ffn_width: inner size of the feed-forward layers, over all shards.
+        chameleon: whether it is one, by its tensors.
+
+    Raises:
+        PlaitError: a field is missing, unknown or has a value that no decoder here has.
+    """
+    inner = params.get("model", params)
+    _refuse_unknown(inner, _PARAMS | _PARAMS_HARMLESS, "params.json")
+    for name in ("dim", "n_layers", "n_heads"):
+        if type(params.get(name)) is not int or params[name] < 1:
+            raise PlaitError(f"params.json: {name} is {params.get(name)!r}, must be a whole number of at least 1")
+    stated = params.get("vocab_size", -1)
+    if stated not in (-1, rows):
+        raise PlaitError(f"params.json: vocab_size is {stated}, output.weight has {rows} rows")
+    if bool(params.get("qk_normalization", chameleon)) != chameleon:
+        raise PlaitError(
+            f"params.json: qk_normalization is {params['qk_normalization']!r}, the tensors say the opposite"
+        )
+    scaled = bool(params.get("use_scaled_rope"))
+    # Llama 3.1 states neither its scaling's numbers nor its context.
+    scaling = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0) if scaled else RopeScaling()
+    theta = params.get("rope_theta") or 10000.0
+    context = 131072 if scaled else params.get("max_seq_len") or (16384 if chameleon and theta > 10000 else 4096)
+    config = _build(
+        "params.json",
+        vocabulary_size=rows,
+        width=params["dim"],
+        layers=params["n_layers"],
+        heads=params["n_heads"],
+        kv_heads=params.get("n_kv_heads") or params["n_heads"],
+        ffn_width=ffn_width,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=params.get("norm_eps", 1e-5),
+        norm_placement="post" if params.get("swin_norm") else "pre",
+        qk_norm="layer" if chameleon else "none",
+        tie_embeddings=False,
+    )
+    return config, context
+
+
+def to_params(config: DecoderConfig, context: int) -> Fields:
+    """The fields of Meta's params.json.
+
+    Raises:
+        PlaitError: that format has no such decoder.
+    """
+    plain = replace(RopeScaling(), kind="none")
+    llama3 = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+    if config.qk_norm == "rms" or config.qkv_bias or config.sliding_window:
+        raise PlaitError("export: Meta's layout has neither biases, nor sliding windows, nor RMSNorm on queries")
+    if config.head_size * config.heads != config.width or config.rope_scaling not in (plain, llama3):
+        raise PlaitError("export: Meta's layout has heads of width / heads only, and RoPE plain or as in Llama 3.1")
+    inner = int(8 * config.width / 3)
+    common = 256 * -(-inner // 256) == config.ffn_width
+    return {
+        "dim": config.width,
+        "n_layers": config.layers,
+        "n_heads": config.heads,
+        "n_kv_heads": config.kv_heads,
+        "vocab_size": config.vocabulary_size,
+        "multiple_of": 256 if common else config.ffn_width,
+        "ffn_dim_multiplier": None if common else config.ffn_width / inner,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_seq_len": context,
+        **({"use_scaled_rope": True} if config.rope_scaling == llama3 else {}),
+        **({"qk_normalization": True} if config.qk_norm == "layer" else {}),
+        **({"swin_norm": True} if config.norm_placement == "post" else {}),
+    }
+
+
+def _build(where: str, **fields: Any) -> DecoderConfig:
+    try:
+        return DecoderConfig(**fields)
+    except PlaitError as error:
+        raise PlaitError(f"{where}: {error}") from None
