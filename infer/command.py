@@ -55,7 +55,7 @@ def generate_files(
     if to not in (*EXTENSIONS, "interleaved"):
         raise PlaitError(f"--to {to}: expected {', '.join(EXTENSIONS)} or interleaved")
     model = load(bundle)
-    if to != "interleaved" and to not in model.modalities:
+    if to != "interleaved" and model.modalities and to not in model.modalities:
         raise PlaitError(f"--to {to}: {bundle} has no {to}; it has {', '.join(model.modalities)}")
     paths = output_paths(out, to, n)
     if stream and to in ("text", "interleaved") and n is None:

@@ -1,7 +1,7 @@
 """The any-to-any model: parts in, media out. `load` opens a bundle; `Model` generates, streams and scores.
 
-One prompt's way: parts → codes (the bundle's tokenizers) → ids (the grammar) → new ids (`generate`) → spans (the
-cursor) → media (the tokenizers again).
+One prompt's way: parts → codes (the bundle's tokenizers) → the target's template (`plait.infer.prompting`) → ids (the
+grammar) → new ids (`generate`) → spans (the cursor) → media (the tokenizers again).
 """
 
 import re
@@ -18,8 +18,10 @@ from plait.errors import PlaitError
 from plait.infer.bundle import Bundle, load_bundle
 from plait.infer.document import Document, read_parts
 from plait.infer.generate import Request, generate
+from plait.infer.prompting import PLAIN, Piece, Target, check_ids, crop_to, fill, scale_between
 from plait.infer.sampling import Sampling, restrict
 from plait.tokenizers.grammar import Cursor, Grammar, Span
+from plait.tokenizers.grids import FixedGrid, GridForm
 from plait.tokenizers.loading import find_weights
 from plait.tokenizers.media import Audio
 from plait.tokenizers.modalities import MODALITIES
@@ -62,6 +64,8 @@ Event = TextDelta | ImageRows | AudioChunk | Finished
 @dataclass
 class Score:
     """Log-probabilities of a target: natural logarithms, at most 0, under the grammar's mask, its end mark included.
+
+    A target of bare ids has no mask and no end mark: its values are over all ids.
 
     Attributes:
         total: sum of ``per_token``.
@@ -184,34 +188,56 @@ class Model:
         """How probable a target is after a prompt.
 
         Args:
-            parts: the prompt.
-            target: one part.
+            parts: the prompt, as in `generate`. Where one of them is a tensor, bare ids int64 ``[n]``, all parts are
+                read as they stand, without the target's template and without a ``<bos>`` before them.
+            target: one part, or bare ids. Those are scored without a mask, whatever the model; if nothing comes before
+                them, the first is given.
 
         Raises:
             PlaitError: a part cannot be read, the model lacks a modality, ``target`` is not one part, or prompt and
                 target are longer than the context.
         """
-        prompt = self._ids(parts)
+        if isinstance(target, Tensor):
+            return self._score_ids(parts, check_ids(target, self.bundle.vocabulary.size, "target"))
         targets = list(read_parts([target]))
         if len(targets) != 1:
             raise PlaitError(f"target: is a document of {len(targets)} parts; score one part")
-        ids = [*prompt, *self.grammar.write(self._span(*targets[0])).tolist()]
+        modality = targets[0][0]
+        settings = self._target(modality, {})
+        prompt = self._prompt(settings.prompt, self._read(parts, settings))
+        ids = [*prompt, *self._encode([self._piece(*targets[0], None)])]
+        form = self.grammar.form(modality)
+        if form is self.grammar.text:
+            ids.append(self.grammar.eos)
+        logits = self._logits(ids)
+        # As in generation: the target's own length gives nothing away.
+        cursor = self._cursor(prompt, self.context + 1 - len(prompt))
+        cursor.aim(modality)
+        values = []
+        for position in range(len(prompt), len(ids)):
+            if position > len(prompt) or form.begin < 0:  # the target's begin token is given
+                candidates, allowed = restrict(logits[position - 1], cursor.allowed())
+                chosen = (allowed == ids[position]).nonzero()
+                values.append(candidates.log_softmax(-1)[chosen].reshape(()))
+            cursor.push(ids[position])
+        return _as_score(torch.stack(values))
+
+    def _score_ids(self, parts: Sequence[Any], target: list[int]) -> Score:
+        prompt = self._prompt(PLAIN, self._read(parts, None)) if parts else []
+        ids = [*prompt, *target]
+        logits = self._logits(ids)[max(0, len(prompt) - 1) : -1]
+        chosen = torch.tensor(ids[max(1, len(prompt)) :], device=logits.device)
+        return _as_score(logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0])
+
+    def _logits(self, ids: list[int]) -> Tensor:
+        """The logits after each id, float32 ``[n, V]``."""
         if len(ids) > self.context:
             raise PlaitError(
                 f"target: takes {len(ids)} tokens with its prompt, the context is {self.context}; shorten one of them"
             )
         tokens = torch.tensor([ids], device=self._device)
-        logits = self.bundle.decoder(tokens, torch.arange(len(ids), device=self._device)[None])[0].float()
-        cursor = self._cursor(prompt, self.context)  # as in generation: the target's own length gives nothing away
-        cursor.push(ids[len(prompt)])  # the target's begin token is given
-        values = []
-        for position in range(len(prompt) + 1, len(ids)):
-            candidates, allowed = restrict(logits[position - 1], cursor.allowed())
-            chosen = (allowed == ids[position]).nonzero()
-            values.append(candidates.log_softmax(-1)[chosen].reshape(()))
-            cursor.push(ids[position])
-        per_token = torch.stack(values).cpu()
-        return Score(float(per_token.double().sum()), per_token)
+        logits: Tensor = self.bundle.decoder(tokens, torch.arange(len(ids), device=self._device)[None])[0].float()
+        return logits
 
     def tokenizer(self, modality: str) -> Any:
         """A modality's tokenizer.
@@ -241,53 +267,131 @@ class Model:
                 raise PlaitError(f"{name}: {value!r} must be a whole number")
         if n < 1:
             raise PlaitError(f"n: {n} must be at least 1")
-        prompt = self._ids(parts)
-        begin = [] if to == "interleaved" else [self.grammar.form(to).begin]
-        sampling = {m: Sampling.of(self.bundle.generation.get(m, {}), **overrides) for m in self.grammar.forms}
-        ids = prompt + begin
-        least = 1 if to == "interleaved" else self.grammar.form(to).least - 1  # besides the begin token
+        if not self.grammar.forms or to != "interleaved":
+            self.grammar.form(to)
+        targets = {m: self._target(m, overrides) for m in self.grammar.forms}
+        target = self._target(to, overrides)
+        read = self._read(parts, target)
+        prompt = self._prompt(target.prompt, read)
+        room = self.context - len(prompt)
+        most = room if max_tokens is None else max_tokens
+        begin, least = self._begin(to, target, room, most)
         if max_tokens is not None and max_tokens < least:
             raise PlaitError(f"max_tokens: is {max_tokens}, {to} needs at least {least}; raise it")
-        room = self.context - len(ids)
-        if room < least:
+        if room - len(begin) < least:
             raise PlaitError(
                 f"prompt: takes {len(prompt)} of the context's {self.context} tokens, {to} needs at least "
                 f"{len(begin) + least}; shorten the prompt"
             )
-        if max_tokens is not None:
-            room = min(room, max_tokens)
-        # <eos> closes the cursor's budget; a single medium is finished before it.
-        budget = len(ids) - 1 + room + (to != "interleaved")
-        guided = bool(parts) and to != "interleaved" and sampling[to].guidance != 1
+        room = min(room - len(begin), most)
+        unconditional, image_only = self._guidance(to, target, read, begin)
         if seed is None:
             seed = torch.Generator().seed()
+        # <eos> closes the cursor's budget; a single medium is finished before it.
+        cursor = self._cursor(prompt, len(begin) + room + (to != "interleaved"))
+        cursor.aim(None if to == "interleaved" else to)
+        until = None if to == "interleaved" else len(cursor.spans) + 1
+        for token in begin:
+            cursor.push(token)
         return [
             Request(
-                prompt=ids,
-                cursor=self._cursor(ids, budget),
-                sampling=sampling,
+                prompt=prompt + begin,
+                cursor=cursor.copy(),
+                sampling={m: t.sampling for m, t in targets.items()},
                 generator=torch.Generator().manual_seed((seed + 1_000_003 * (first + i)) % (1 << 63)),
-                unconditional=[self.grammar.bos, *begin] if guided else None,
-                until_spans=None if to == "interleaved" else len(self._cursor(ids, budget).spans) + 1,
-                between=Sampling.of({}, **overrides),
+                unconditional=unconditional,
+                until_spans=until,
+                # Where text has no marks, what comes between spans is text as a rule.
+                between=targets["text"].sampling if self.grammar.text else Sampling.of({}, **overrides),
+                image_only=image_only,
             )
             for i in range(n)
         ]
 
-    def _cursor(self, ids: Sequence[int], budget: int) -> Cursor:
-        """A cursor that has taken ``ids``; ``budget`` counts them, without the first ``<bos>``."""
-        cursor = Cursor(self.grammar, budget)
-        for token in ids[1:]:
+    def _target(self, to: str, overrides: dict[str, Any]) -> Target:
+        return Target.of(self.bundle.generation.get(to, {}), **overrides)
+
+    def _begin(self, to: str, target: Target, room: int, most: int) -> tuple[list[int], int]:
+        """The ids that begin what is generated, and how many more it needs at least.
+
+        The grid of the settings is taken if there is room for it; else the model chooses one that fits.
+        """
+        if to == "interleaved":
+            return [], 1
+        form = self.grammar.form(to)
+        if target.grid is not None and isinstance(form, GridForm):
+            begin = self.grammar.begin(to, target.grid)
+            if (whole := form.length(target.grid)) <= room and whole - len(begin) <= most:
+                return begin, whole - len(begin)
+        begin = self.grammar.begin(to)
+        return begin, form.least - len(begin)
+
+    def _guidance(
+        self, to: str, target: Target, read: Sequence[Piece], begin: list[int]
+    ) -> tuple[list[int] | None, list[int] | None]:
+        """The prompts beside the whole one that guidance needs."""
+        if not read or to == "interleaved" or not target.sampling.guided:
+            return None, None
+        unconditional = self._prompt(target.unconditional, read) + begin
+        if target.image_only is None or all(piece.modality == "text" for piece in read):
+            return unconditional, None
+        return unconditional, self._prompt(target.image_only, read) + begin
+
+    def _cursor(self, ids: Sequence[int], room: int) -> Cursor:
+        """A cursor that has taken ``ids``, a first ``<bos>`` aside; ``room`` tokens may follow.
+
+        Raises:
+            PlaitError: bare ids among them that are no beginning of a document.
+        """
+        taken = ids[1:] if ids[:1] == [self.grammar.bos] else ids
+        cursor = Cursor(self.grammar, len(taken) + room)
+        for position, token in enumerate(taken):
+            if not cursor.allows(token):
+                found = self.bundle.vocabulary.describe(token)
+                raise PlaitError(f"prompt: token {position}: {found} where {cursor.expectation} is expected")
             cursor.push(token)
         return cursor
 
-    def _ids(self, parts: Sequence[Any]) -> list[int]:
-        spans = [self._span(modality, medium) for modality, medium in read_parts(parts)]
-        return [self.grammar.bos, *(i for span in spans for i in self.grammar.write(span).tolist())]
+    def _read(self, parts: Sequence[Any], target: Target | None) -> list[Piece]:
+        """Parts → texts, codes and bare ids."""
+        pieces = []
+        for number, part in enumerate(parts):
+            if isinstance(part, Tensor):
+                pieces.append(Piece(None, check_ids(part, self.bundle.vocabulary.size, f"parts[{number}]")))
+            else:
+                pieces += [self._piece(*read, target) for read in read_parts([part])]
+        return pieces
 
-    def _span(self, modality: str, medium: Any) -> Span:
-        tokenizer = self.tokenizer(modality)
-        return Span(modality, MODALITIES[modality].encode(tokenizer, medium).cpu())
+    def _piece(self, modality: str, medium: Any, target: Target | None) -> Piece:
+        """A medium's codes; text stays text, as it may have to be joined with more."""
+        tokenizer, form = self.tokenizer(modality), self.grammar.form(modality)
+        if modality == "text":
+            return Piece(modality, medium)
+        if isinstance(medium, Image.Image) and isinstance(form, FixedGrid):
+            medium = crop_to(medium, *(n * tokenizer.factor for n in form.grid))
+        elif isinstance(medium, Image.Image) and target is not None and target.pixels is not None:
+            medium = scale_between(medium, *target.pixels, tokenizer.factor)
+        return Piece(modality, MODALITIES[modality].encode(tokenizer, medium).cpu())
+
+    def _prompt(self, template: str, pieces: Sequence[Piece]) -> list[int]:
+        """The ids of a prompt, at least one. Where bare ids are given they stand without a template."""
+        bare = any(piece.modality is None for piece in pieces)
+        ids = self._encode(fill("{prompt}" if bare else template, pieces, self.grammar))
+        return ids or [self.grammar.bos]
+
+    def _encode(self, pieces: Sequence[Piece]) -> list[int]:
+        ids: list[int] = []
+        for piece in pieces:
+            if piece.modality is None:
+                ids += piece.content
+                continue
+            codes = self.tokenizer("text").encode(piece.content) if piece.modality == "text" else piece.content
+            ids += self.grammar.write(Span(piece.modality, codes)).tolist()
+        return ids
+
+    def _ids(self, parts: Sequence[Any]) -> list[int]:
+        """``<bos>`` and the parts."""
+        return self._prompt(PLAIN, self._read(parts, None))
 
     def _medium(self, span: Span) -> Any:
         return MODALITIES[span.modality].decode(self.tokenizer(span.modality), span.codes)
@@ -305,8 +409,9 @@ class Model:
     def _result(self, request: Request, to: str) -> Any:
         if to != "interleaved":
             return self._medium(request.cursor.spans[-1])
-        prompt_spans = len(self._cursor(request.prompt, len(request.prompt)).spans)
-        return self._document(request.cursor.spans[prompt_spans:])
+        cursor = self._cursor(request.prompt, len(request.tokens))
+        cursor.aim()
+        return self._document(request.cursor.spans[len(cursor.spans) :])
 
     def _sound(self, cursor: Cursor, steps: Iterator[Any]) -> Iterator[AudioChunk]:
         """Decode the open span of sound while it is generated."""
@@ -339,3 +444,8 @@ class Model:
                 yield TextDelta(text[reported:])
         elif span.modality == "image" and span.codes.shape[-2] > reported:
             yield ImageRows(self._medium(span))
+
+
+def _as_score(values: Tensor) -> Score:
+    per_token = values.cpu()
+    return Score(float(per_token.double().sum()), per_token)

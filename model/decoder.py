@@ -138,6 +138,8 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def _initialize(self) -> None:
         """Normal with standard deviation 0.02; projections into the residual stream are scaled by depth (GPT-2)."""
+        if self.embed_tokens.weight.is_meta:  # nothing to fill, and PyTorch would load its compiler to do so
+            return
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 into_residual = name.endswith(("o_proj", "down_proj"))

@@ -247,6 +247,45 @@ _TRANSFORMERS = (
 )
 
 
+# Our names → transformers'.
+_TO_TRANSFORMERS = (
+    (r"^quantizer\.codebook$", "quantize.embedding.weight"),
+    (r"\.(down|up)\.(\d+)\.", r".\1_block.\1.\2."),
+    (r"\.mid\.attn_1\.norm\.", ".middle_block.attn_norm."),
+    (r"\.mid\.", ".middle_block."),
+    (r"\.attn\.(\d+)\.norm\.", r".attn_norms.\1."),
+    (r"\.([qkv])\.(weight|bias)$", r".\1_proj.\2"),
+    (r"\.proj_out\.", ".out_proj."),
+    (r"(time_conv\.\d+)\.(weight|bias)$", r"\1.conv.conv.\2"),
+    (r"(time_res_stack\.\d+\.conv[12]|^quant_conv|^post_quant_conv)\.(weight|bias)$", r"\1.conv.\2"),
+)
+
+
+def to_transformers(tensors: Mapping[str, Tensor], config: Emu3Config) -> tuple[Tensors, dict[str, Any]]:
+    """The network as the ``vqmodel`` of transformers' Emu3: its tensors (views of ours), and its ``vq_config``."""
+    renamed: Tensors = {}
+    for old, tensor in tensors.items():
+        new = old
+        for pattern, replacement in _TO_TRANSFORMERS:
+            new = re.sub(pattern, replacement, new)
+        renamed[new] = tensor[:, :, 0, 0] if re.search(r"_proj\.weight$", new) else tensor
+        if new.endswith(".running_var"):  # an unused counter that transformers' layer stores beside it
+            renamed[new.replace("running_var", "num_batches_tracked")] = torch.zeros((), dtype=torch.int64)
+    return renamed, {
+        "model_type": "emu3_vqgan",
+        "codebook_size": config.codebook_size,
+        "embed_dim": config.dim,
+        "latent_channels": config.dim,
+        "base_channels": config.width,
+        "channel_multiplier": list(config.multipliers),
+        "num_res_blocks": config.blocks,
+        "attn_resolutions": list(config.attention_levels),
+        "hidden_size": config.width * config.multipliers[-1],
+        "num_attention_heads": 1,
+        "temporal_downsample_factor": config.temporal_factor,
+    }
+
+
 def _layout(name: str, first: str, rules: tuple[tuple[str, str], ...]) -> Layout:
     """A layout whose files hold a tensor ``first``, alone or under a prefix in a whole Emu3, renamed by ``rules``."""
 

@@ -6,6 +6,7 @@ reshapes; what does not come out as exactly the network's own tensors is an erro
 
 import argparse
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -197,8 +198,13 @@ def _read(path: Path) -> tuple[Tensors, dict[str, Any]]:
                 content: Any = load_file(path)
             else:
                 # Command line arguments, which LlamaGen's training stores, are as harmless as a dictionary.
+                # What is mapped into memory is read only where it is used.
+                # PyTorch takes a path that ends in .safetensors for one.
+                mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
                 with torch.serialization.safe_globals([argparse.Namespace]):
-                    content = torch.load(file, map_location="cpu", weights_only=True)
+                    content = torch.load(
+                        path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped or None
+                    )
     except PlaitError:
         raise
     except Exception as error:  # a hostile pickle can raise anything

@@ -13,24 +13,27 @@ vocabulary names says in which order they come (see `plait.tokenizers.layouts`).
 
 with its steps in two digits, 1024 · 0 + T. As the header says how long a span is, every position's codebook is known.
 
+Models from elsewhere write their spans in forms of their own (`plait.tokenizers.forms`). There text has no marks:
+texts that follow each other are one. Special tokens of no form, which divide turns, may stand between their spans.
+
 From the declaration come the writer (`Grammar.write`), the parser (`Grammar.parse`), the logits mask
 (`Cursor.allowed`), the loss mask (`Grammar.choices`) and the length budget (`Grammar.length`, and the mask, which lets
 nothing begin that cannot end in time). What is sampled under the mask parses.
 """
 
-import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from plait.errors import PlaitError
-from plait.tokenizers.base import check_codes
-from plait.tokenizers.modalities import MODALITIES, SpanGrammar
-from plait.tokenizers.vocabulary import BOS, EOS, NUMBERS, Vocabulary
-
-_UNLIMITED = 1 << 60
+from plait.tokenizers.forms import BareText, MarkedText, SpanForm
+from plait.tokenizers.grids import UNLIMITED, FixedGrid, GridForm, JoinedGrid, NumberedGrid, WrittenGrid
+from plait.tokenizers.modalities import MODALITIES
+from plait.tokenizers.vocabulary import BOS, EOS, Vocabulary
 
 
 @dataclass
@@ -51,148 +54,48 @@ class Span:
     time: tuple[float, float] | None = None
 
 
-class SpanForm:
-    """A `SpanGrammar` in the ids of a vocabulary.
+_FORMS: dict[str, dict[str, type[SpanForm]]] = {
+    "text": {"text": BareText},
+    "emu3": {"text": BareText, "image": WrittenGrid},
+    "emu3.5": {"text": BareText, "image": JoinedGrid},
+    "chameleon": {"text": BareText, "image": FixedGrid},
+}
+
+
+def build_form(modality: str, vocabulary: Vocabulary) -> SpanForm:
+    """The form of a modality in a vocabulary: its family's own, else plait's.
 
     Raises:
-        PlaitError: codes of several codebooks in a span without axes, whose end would not be known.
+        PlaitError: codes of several codebooks in a span without axes, whose end would not be known; or no grid where
+            all spans have the same one.
     """
-
-    def __init__(self, grammar: SpanGrammar, vocabulary: Vocabulary) -> None:
-        entry = vocabulary.modalities[grammar.modality]
-        self.grammar, self.layout = grammar, entry.build_layout()
-        self.begin, self.end = vocabulary.special(grammar.begin), vocabulary.special(grammar.end)
-        self.marks = [None if axis.mark is None else vocabulary.special(axis.mark) for axis in grammar.axes[:-1]]
-        self.numbers = vocabulary.block("number").ids
-        self.books = [vocabulary.block(name).ids for name in entry.blocks]
-        self.sized = bool(grammar.axes)
-        # What each number of the header counts: steps of which axis, times what.
-        self.places = [
-            (i, NUMBERS**place) for i, axis in enumerate(grammar.axes) for place in reversed(range(axis.digits))
-        ]
-        if len(self.books) > 1 and not self.sized:
-            raise PlaitError(f"{grammar.modality}: has {len(self.books)} codebooks and no axes; give its span an axis")
-
-    def template(self, shape: Sequence[int]) -> list[int]:
-        """The ids of a span of this grid, −1 − k where a code of codebook k goes."""
-        if self.sized:
-            body = (-1 - self.layout.books(shape[-1])).tolist()
-            for steps, mark in zip(reversed(shape[:-1]), reversed(self.marks), strict=True):
-                body = (body + ([] if mark is None else [mark])) * steps
-        else:
-            body = [-1] * shape[0]
-        header = [self.numbers[shape[axis] // unit % NUMBERS] for axis, unit in self.places]
-        return [self.begin, *header, *body, self.end]
-
-    def length(self, shape: Sequence[int]) -> int:
-        """Tokens of a span of this grid."""
-        body = self.layout.length(shape[-1])
-        if self.sized:
-            for steps, mark in zip(reversed(shape[:-1]), reversed(self.marks), strict=True):
-                body = (body + (mark is not None)) * steps
-        return 2 + len(self.places) + body
-
-    @property
-    def least(self) -> int:
-        """Tokens of the smallest span."""
-        return self.length([1] * len(self.grammar.axes) or [0])
-
-    def choices(self, shape: Sequence[int]) -> Tensor:
-        """Bool ``[length]``: True where the grammar leaves a choice, False where it forces the token."""
-        free = torch.tensor(self.template(shape)) < 0
-        free[: 1 + len(self.places)] = True
-        free[-1] |= not self.sized
-        return free
-
-    def shape(self, codes: Tensor) -> tuple[int, ...]:
-        """The grid of codes: the steps of each axis.
-
-        Raises:
-            PlaitError: the wrong rank, or a size that the header cannot name.
-        """
-        axes, layout = self.grammar.axes, self.layout
-        if codes.ndim == max(1, len(axes)) + layout.has_axis:
-            if not axes:
-                return tuple(codes.shape)
-            rows = self._rows(codes)
-            try:
-                shape = (*rows.shape[: len(axes) - 1], layout.steps(rows.shape))
-            except PlaitError as error:
-                raise PlaitError(f"{self.grammar.modality} {error}") from None
-            if all(0 < n < NUMBERS**axis.digits for n, axis in zip(shape, axes, strict=True)):
-                return shape
-        most = "".join(f", each 1 to {NUMBERS**n - 1}" for n in sorted({axis.digits for axis in axes}))
-        names = [f"{layout.codebooks} codebooks"] * layout.has_axis + [axis.name for axis in axes]
-        expected = " × ".join(names) + most if axes else "one dimension"
-        raise PlaitError(f"{self.grammar.modality} codes: shape is {tuple(codes.shape)}, expected {expected}")
-
-    def write(self, codes: Tensor) -> Tensor:
-        """Codes → the span's ids, int64 ``[n]``.
-
-        Raises:
-            PlaitError: as `shape`, or codes that are not integers or that their codebook's block does not have.
-        """
-        ids = torch.tensor(self.template(self.shape(codes)))
-        stream = self.layout.write(self._rows(codes)).flatten().cpu()
-        books = -1 - ids[ids < 0]
-        for k, block in enumerate(self.books):
-            of_which = f" of codebook {k}" if len(self.books) > 1 else ""
-            check_codes(stream[books == k], len(block), f"{self.grammar.modality} codes{of_which}")
-        ids[ids < 0] = stream.to(torch.int64) + torch.tensor([block.start for block in self.books])[books]
-        return ids
-
-    def read(self, codes: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The codes that stand in a span of this grid, in their order → int64 codes.
-
-        They may break off: what comes back are the steps of the outermost axis that are complete.
-        """
-        stream = torch.tensor(codes, dtype=torch.int64)
-        if len(shape) < 2:
-            return self.layout.read(stream, shape[0])
-        step = *shape[1:-1], self.layout.length(shape[-1])
-        whole = len(stream) // math.prod(step)
-        grid = self.layout.read(stream[: whole * math.prod(step)].reshape(whole, *step))
-        return grid.movedim(-2, 0) if self.layout.has_axis else grid
-
-    def sizes(self, header: Sequence[int]) -> tuple[int, ...]:
-        """The sizes of the axes whose numbers the header has."""
-        counted = [0] * len(self.grammar.axes)
-        for number, (axis, unit) in zip(header, self.places, strict=False):
-            counted[axis] += number * unit
-        return tuple(counted[axis] for axis, unit in self.places[: len(header)] if unit == 1)
-
-    def next_numbers(self, header: Sequence[int], budget: int) -> range:
-        """The ids that may come next in a header so that the span fits ``budget`` tokens."""
-        axis, unit = self.places[len(header)]
-        shape = self.sizes(header)
-        so_far = sum(number * u for number, (a, u) in zip(header, self.places, strict=False) if a == axis)
-        least = 1 if unit == 1 and not so_far else 0  # no axis has size 0
-        most = min(NUMBERS - 1, (self._most(shape, budget) - so_far) // unit)
-        return self.numbers[least : most + 1]
-
-    def _most(self, shape: Sequence[int], budget: int) -> int:
-        """The largest next axis so that the span fits ``budget`` tokens; 0 if none does."""
-        axes = self.grammar.axes
-        rest = [1] * (len(axes) - len(shape) - 1)
-        low, high = 0, NUMBERS ** axes[len(shape)].digits - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.length([*shape, middle, *rest]) <= budget else (low, middle - 1)
-        return low
-
-    def _rows(self, codes: Tensor) -> Tensor:
-        """Codes as the layout takes them, which knows the innermost axis alone."""
-        return codes.movedim(0, -2) if self.layout.has_axis else codes
+    plain = NumberedGrid if MODALITIES[modality].grammar.axes else MarkedText
+    return _FORMS.get(vocabulary.grammar, {}).get(modality, plain)(modality, vocabulary)
 
 
 class Grammar:
-    """All spans of a vocabulary: documents to ids and back."""
+    """All spans of a vocabulary: documents to ids and back.
+
+    Attributes:
+        forms: by modality.
+        bos: id that begins a document; −1 where bare ids have none, and so on.
+        eos: id that ends it.
+        turns: ids that end an answer, though not the document.
+        text: the form of bare text, if the vocabulary has it.
+        between: special tokens that may stand between spans if there is bare text.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self.bos, self.eos = vocabulary.special(BOS), vocabulary.special(EOS)
-        self.forms = {name: SpanForm(MODALITIES[name].grammar, vocabulary) for name in vocabulary.modalities}
-        self.by_begin = {form.begin: form for form in self.forms.values()}
+        self.bos, self.eos = (vocabulary.special(t) if vocabulary.has_special(t) else -1 for t in (BOS, EOS))
+        self.forms = {name: build_form(name, vocabulary) for name in vocabulary.modalities}
+        self.by_begin = {form.begin: form for form in self.forms.values() if form.begin >= 0}
+        self.text = next((form for form in self.forms.values() if isinstance(form, BareText)), None)
+        names = vocabulary.names
+        self.turns = sorted({i for name, i in names.items() if name.startswith("<turn")})
+        used = {i for form in self.forms.values() for i in form.fixed} | set(names.values()) - set(self.turns)
+        tokens = (i for block in vocabulary.blocks if block.tokens for i in block.ids)
+        self.between = frozenset(tokens) - used if self.text else frozenset()
 
     def form(self, modality: str) -> SpanForm:
         """A modality's span.
@@ -201,14 +104,33 @@ class Grammar:
             PlaitError: the vocabulary has no such modality.
         """
         if modality not in self.forms:
+            if not self.forms:
+                mend = "import it again with its text tokenizer: plait import … --text FILE"
+                raise PlaitError(f"{modality}: this model has no tokenizer and can only score ids; {mend}")
             raise PlaitError(f"{modality}: this model has no such modality; it has {', '.join(self.forms)}")
         return self.forms[modality]
+
+    def begin(self, modality: str, grid: Sequence[int] | None = None) -> list[int]:
+        """The ids that begin a span, up to its first code or the header that is left open.
+
+        Args:
+            modality: of the span.
+            grid: sizes of its axes; without them a model chooses them under the mask.
+
+        Raises:
+            PlaitError: the vocabulary has no such modality, or its spans cannot have this grid.
+        """
+        form = self.form(modality)
+        if not isinstance(form, GridForm) or (grid is None and not form.complete([])):
+            return [] if form is self.text else [form.begin]
+        shape = form.check(form.sizes([]) if grid is None else grid)
+        return [form.begin, *form.header(shape)]
 
     def write(self, span: Span) -> Tensor:
         """A span's ids, int64 ``[n]``.
 
         Raises:
-            PlaitError: unknown modality, a grid of the wrong rank or of a size numbers cannot name, or codes that are
+            PlaitError: unknown modality, a grid of the wrong rank or of a size the span cannot have, or codes that are
                 not integers or that the modality's block does not have.
         """
         return self.form(span.modality).write(span.codes)
@@ -237,7 +159,7 @@ class Grammar:
         ids = [int(i) for i in ids]
         if not ids or ids[0] != self.bos:
             raise PlaitError(f"token 0: a document begins with {BOS}, found {self._name(ids, 0)}")
-        cursor = Cursor(self, budget=_UNLIMITED)
+        cursor = Cursor(self, budget=UNLIMITED)
         for position, token in enumerate(ids[1:], 1):
             if cursor.done:
                 raise PlaitError(f"token {position}: {self._name(ids, position)} after {EOS}")
@@ -276,55 +198,115 @@ class Cursor:
         self._header: list[int] = []
         self._template: list[int] | None = None
         self._codes: list[int] = []
+        self._only: SpanForm | None = None
+        self._answers = False
         self.left = 0
+
+    def aim(self, modality: str | None = None) -> None:
+        """Say that a prompt ends here: what follows are spans of their own, and a turn's end is the document's.
+
+        Args:
+            modality: what has to follow: one span of this modality and no other. It has not begun yet.
+
+        Raises:
+            PlaitError: the vocabulary has no such modality.
+        """
+        self._answers = True
+        if self._bare:
+            self._close()
+        if modality is not None:
+            self._only = self.grammar.form(modality)
+            if isinstance(self._only, BareText):
+                self._open(self._only)
+
+    def copy(self) -> Self:
+        """Another cursor at the same place, which goes on by itself."""
+        other = copy(self)
+        other.spans, other._header, other._codes = list(self.spans), list(self._header), list(self._codes)
+        return other
 
     def allowed(self) -> list[range]:
         """The ids that may come next, as ranges; never empty before the end."""
         form, room = self._form, self.budget - 1  # one token is kept for <eos>
         if self.done:
             return []
-        if form is None:
-            begins = [range(f.begin, f.begin + 1) for f in self.grammar.forms.values() if f.least <= room]
-            return [*begins, range(self.grammar.eos, self.grammar.eos + 1)]
-        if not form.sized:
+        if form is None or self._bare:
+            forms = self.grammar.forms.values() if self._only is None else [self._only]
+            ends = [*(self.grammar.turns if self._answers else ()), self.grammar.eos]
+            starts = [ids for f in forms if f.least <= room for ids in f.starts]
+            return [*starts, *(range(end, end + 1) for end in ends)]
+        if not isinstance(form, GridForm):
             end = range(form.end, form.end + 1)
             return [form.books[0], end] if room > 1 else [end]
-        if len(self._header) < len(form.places):
+        if not form.complete(self._header):
             # What the header and begin tokens used up counts as part of the span.
-            return [form.next_numbers(self._header, room + 1 + len(self._header))]
+            return form.next_header(self._header, room + 1 + len(self._header))
         token = self._declared(form)
         return [form.books[-1 - token] if token < 0 else range(token, token + 1)]
 
     def allows(self, token: int) -> bool:
-        """Whether this id may come next."""
+        """Whether this id may come next in a document; marks between turns may, although they are not offered."""
+        if token in self.grammar.between and not self.done and (self._form is None or self._bare):
+            return True
         return any(token in ids for ids in self.allowed())
 
     def push(self, token: int) -> None:
         """Take one token, which must be allowed."""
         self.budget -= 1
         form = self._form
-        if form is None:
-            if token == self.grammar.eos:
-                self.done = True
+        if form is None or self._bare:
+            self._push_between(token)
+        elif not isinstance(form, GridForm):
+            if token == form.end:
+                self._close()
             else:
-                self._form = self.grammar.by_begin[token]
-                self._header, self._codes, self._template, self.left = [], [], None, 0
-        elif len(self._header) < len(form.places):
-            self._header.append(token - form.numbers.start)
-            if len(self._header) == len(form.places):
-                self.left = form.length(form.sizes(self._header)) - 1 - len(self._header)
-        elif token == form.end:
-            span = self.partial()
-            assert span is not None
-            self.spans.append(span)
-            self._form, self._template, self.left = None, None, 0
+                self._codes.append(token - form.books[0].start)
+        elif not form.complete(self._header):
+            self._header.append(token)
+            self._size(form)
         else:
-            book = -1 - self._declared(form) if form.sized else 0
+            book = -1 - self._declared(form)
             if book >= 0:
                 self._codes.append(token - form.books[book].start)
-            self.left -= form.sized
+            self.left -= 1
+            if not self.left:
+                self._close()
 
-    def _declared(self, form: SpanForm) -> int:
+    def _push_between(self, token: int) -> None:
+        begun, text = self.grammar.by_begin.get(token), self.grammar.text
+        if token == self.grammar.eos or begun is not None or token in self.grammar.between:
+            if self._bare:
+                self._close()
+            self.done = token == self.grammar.eos or (self._answers and token in self.grammar.turns)
+            if begun is not None:
+                self._open(begun)
+            return
+        assert text is not None
+        if not self._bare:
+            self._open(text)
+        self._codes.append(token - text.books[0].start)
+
+    @property
+    def _bare(self) -> bool:
+        """Whether a text without marks is open."""
+        return self._form is not None and self._form is self.grammar.text
+
+    def _open(self, form: SpanForm) -> None:
+        self._form, self._header, self._codes, self._template, self.left = form, [], [], None, 0
+        if isinstance(form, GridForm):
+            self._size(form)
+
+    def _size(self, form: GridForm) -> None:
+        if form.complete(self._header):
+            self.left = form.length(form.sizes(self._header)) - 1 - len(self._header)
+
+    def _close(self) -> None:
+        span = self.partial()
+        assert span is not None
+        self.spans.append(span)
+        self._form, self._template, self.left = None, None, 0
+
+    def _declared(self, form: GridForm) -> int:
         """What the open span's template has here; made on first use, as a header may claim more than ever comes."""
         if self._template is None:
             self._template = form.template(form.sizes(self._header))
@@ -334,15 +316,17 @@ class Cursor:
     def open(self) -> tuple[str, tuple[int, ...], list[int]] | None:
         """The span that has begun and not ended: modality, grid as far as known, codes so far."""
         form = self._form
-        return None if form is None else (form.grammar.modality, form.sizes(self._header), self._codes)
+        if form is None:
+            return None
+        return form.modality, form.sizes(self._header) if isinstance(form, GridForm) else (), self._codes
 
     def partial(self) -> Span | None:
         """The open span as far as it has come, in complete steps of its outermost axis; None if it has no grid yet."""
         form = self._form
-        if form is None or len(self._header) < len(form.places):
+        if form is None or (isinstance(form, GridForm) and not form.complete(self._header)):
             return None
-        shape = form.sizes(self._header) if form.sized else (len(self._codes),)
-        return Span(form.grammar.modality, form.read(self._codes, shape))
+        shape = form.sizes(self._header) if isinstance(form, GridForm) else (len(self._codes),)
+        return Span(form.modality, form.read(self._codes, shape))
 
     @property
     def expectation(self) -> str:

@@ -12,6 +12,8 @@ from plait.tokenizers.vocabulary import Vocabulary
 # What config.json calls a tokenizer, "kind" or "kind/architecture", and its class.
 _CLASSES = {
     "text": "plait.tokenizers.text:TextTokenizer",
+    "text/hf": "plait.tokenizers.text_foreign:HFText",
+    "text/sentencepiece": "plait.tokenizers.text_foreign:SentencePieceText",
     "visual/plait": "plait.tokenizers.visual:VisualTokenizer",
     "visual/emu3": "plait.tokenizers.emu3:Emu3Tokenizer",
     "visual/vqgan": "plait.tokenizers.vqgan:VQGANTokenizer",
@@ -57,8 +59,8 @@ def load_tokenizer(name: str | Path, modality: str | None = None) -> Any:
         modality: which of a bundle's tokenizers, "image" for instance.
 
     Returns:
-        A `plait.tokenizers.pixels.PixelTokenizer`, `plait.tokenizers.waves.WaveTokenizer` or
-        `plait.tokenizers.text.TextTokenizer`, on the CPU.
+        A `plait.tokenizers.pixels.PixelTokenizer`, a `plait.tokenizers.waves.WaveTokenizer` or a tokenizer of text, on
+        the CPU.
 
     Raises:
         PlaitError: not found, damaged, unknown, or without that modality.
@@ -84,7 +86,8 @@ def _load(path: Path) -> Any:
             raise PlaitError(f"{path / 'config.json'}: no such file, and no checkpoint of another project is there")
         return tokenizer
     kind = str(config["tokenizer"])
-    kind += f"/{config.get('architecture', 'plait')}" if kind in ("visual", "audio") else ""
+    if architecture := config.get("architecture", "plait" if kind in ("visual", "audio") else None):
+        kind += f"/{architecture}"
     if kind not in _CLASSES:
         raise PlaitError(f"{path}/config.json: tokenizer is {kind!r}, this plait knows {', '.join(_CLASSES)}")
     module, class_name = _CLASSES[kind].split(":")

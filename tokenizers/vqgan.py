@@ -42,6 +42,7 @@ class VQGANConfig:
         normalized: look up by angle and decode from unit vectors.
         spatial_norm: condition the decoder's norms on the quantized latents.
         decoder: whether there is one; some releases hold only what is needed to encode.
+        post_quant: whether an encoder alone comes with the convolution before the decoder, as transformers' Chameleon.
 
     Raises:
         PlaitError: a value that cannot be.
@@ -57,6 +58,7 @@ class VQGANConfig:
     normalized: bool = True
     spatial_norm: bool = False
     decoder: bool = True
+    post_quant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "blocks", "z_channels"):
@@ -74,7 +76,7 @@ class VQGANConfig:
             raise PlaitError(
                 f"vqgan: attention_levels is {self.attention_levels!r}, the levels are 0..{len(self.multipliers) - 1}"
             )
-        for name in ("normalized", "spatial_norm", "decoder"):
+        for name in ("normalized", "spatial_norm", "decoder", "post_quant"):
             if type(flag := getattr(self, name)) is not bool:
                 raise PlaitError(f"vqgan: {name} is {flag!r}, must be true or false")
         _ = self.quantizer  # its own checks are of the codebook
@@ -153,7 +155,7 @@ class VQGANTokenizer(PixelTokenizer):
 
     architecture: ClassVar[str] = "vqgan"
     config_class: ClassVar[type] = VQGANConfig
-    decoder_settings: ClassVar[tuple[str, ...]] = ("spatial_norm", "decoder")
+    decoder_settings: ClassVar[tuple[str, ...]] = ("spatial_norm", "decoder", "post_quant")
 
     def __init__(self, config: VQGANConfig | None = None) -> None:
         super().__init__()
@@ -161,8 +163,9 @@ class VQGANTokenizer(PixelTokenizer):
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.quantizer = build_quantizer(config.quantizer)
-        if config.decoder:
+        if config.decoder or config.post_quant:
             self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        if config.decoder:
             self.decoder = Decoder(config)
 
     @property
@@ -254,8 +257,6 @@ def _rename(tensors: Mapping[str, Tensor], anchor: str, rules: _Rules, lowest_fi
             re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up.{last - int(m[1])}", name): tensor
             for name, tensor in renamed.items()
         }
-    if not any(name.startswith("decoder.") for name in renamed):
-        renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith("post_quant_conv.")}
     return renamed
 
 
@@ -280,6 +281,7 @@ def _configure(tensors: Mapping[str, Tensor], normalized: bool) -> VQGANConfig:
     width = tensors["encoder.conv_in.weight"].shape[0]
     firsts = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(_count(tensors, r"encoder\.down\.(\d+)\."))]
     codebook_size, codebook_dim = tensors["quantizer.codebook"].shape
+    decoder = any(name.startswith("decoder.") for name in tensors)
     return VQGANConfig(
         width=width,
         multipliers=tuple(tensors[name].shape[0] // max(1, width) for name in firsts),
@@ -290,7 +292,8 @@ def _configure(tensors: Mapping[str, Tensor], normalized: bool) -> VQGANConfig:
         codebook_dim=codebook_dim,
         normalized=normalized,
         spatial_norm=any(".norm_layer." in name for name in tensors),
-        decoder=any(name.startswith("decoder.") for name in tensors),
+        decoder=decoder,
+        post_quant=not decoder and "post_quant_conv.weight" in tensors,
     )
 
 
@@ -322,3 +325,39 @@ LAYOUTS: tuple[Layout, ...] = (
     _layout("taming VQGAN", _BLOCK, _TAMING),
     _layout("diffusers VQModel", "encoder.down_blocks.0.resnets.0.norm1.weight", _DIFFUSERS, lowest_first=True),
 )
+
+
+def to_transformers(
+    tensors: Mapping[str, Tensor], config: VQGANConfig, resolution: int
+) -> tuple[Tensors, dict[str, Any]]:
+    """The network as the ``vqmodel`` of transformers' Chameleon, which has no decoder.
+
+    Args:
+        tensors: the network's.
+        config: its own.
+        resolution: pixels along a side of the images.
+
+    Returns:
+        its tensors, and its ``vq_config``.
+
+    Raises:
+        PlaitError: it looks codes up in another way.
+    """
+    if config.normalized:
+        raise PlaitError("export: transformers' Chameleon has no VQGAN that looks codes up by angle; use another --to")
+    renamed = {
+        name.replace("quantizer.codebook", "quantize.embedding.weight"): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("decoder.")
+    }
+    return renamed, {
+        "model_type": "chameleon_vqgan",
+        "embed_dim": config.codebook_dim,
+        "num_embeddings": config.codebook_size,
+        "latent_channels": config.z_channels,
+        "base_channels": config.width,
+        "channel_multiplier": list(config.multipliers),
+        "num_res_blocks": config.blocks,
+        "attn_resolutions": [resolution // 2**level for level in config.attention_levels] or None,
+        "resolution": resolution,
+    }

@@ -4,7 +4,6 @@ The loss of a step is the weighted mean over all its tokens on all processes. Wi
 and several see the same batches, and their losses agree up to rounding.
 """
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -16,12 +15,9 @@ import torch
 import torch.distributed
 
 from plait.errors import PlaitError
-from plait.infer.bundle import save_bundle
-from plait.model.decoder import Decoder
 from plait.tokenizers.grammar import Grammar
-from plait.tokenizers.loading import load_tokenizers
-from plait.tokenizers.modalities import MODALITIES
-from plait.tokenizers.vocabulary import Vocabulary
+from plait.tokenizers.loading import find_weights
+from plait.train.adapt import build_decoder, build_vocabulary, write_bundle
 from plait.train.engine import Engine, divide_batch, start_distributed
 from plait.train.journal import Journal
 from plait.train.loader import batches, open_loader
@@ -29,7 +25,7 @@ from plait.train.optimizer import build_optimizer, learning_rate
 from plait.train.recipe import DecoderRecipe
 from plait.train.recipe_file import check_resumable
 from plait.train.sequences import Batch, SequenceEncoder
-from plait.train.shards import MANIFEST, read_manifest
+from plait.train.shards import MANIFEST
 
 
 def train_decoder(recipe: DecoderRecipe) -> Path:
@@ -48,8 +44,7 @@ def train_decoder(recipe: DecoderRecipe) -> Path:
         check_resumable(recipe, out)
     rank, world_size = start_distributed()
     torch.manual_seed(recipe.seed)
-    config = dataclasses.replace(recipe.model, vocabulary_size=vocabulary.size)
-    module = Decoder(config)
+    module = build_decoder(recipe, vocabulary)
     engine = Engine(module, build_optimizer(module, recipe.optimizer), recipe, world_size)
     loader = open_loader(
         recipe.shards, SequenceEncoder(Grammar(vocabulary), recipe.sequence, recipe.seed), kind="tokens", scratch=out,
@@ -72,36 +67,11 @@ def train_decoder(recipe: DecoderRecipe) -> Path:
         if step % recipe.save_every == 0 or step == recipe.steps:
             checkpoints.save(step)
 
-    weights = engine.weights()
+    trained = engine.weights()
     if rank == 0:
-        save_bundle(
-            out / "bundle", config, weights, vocabulary, Path(recipe.tokenizers), recipe.generation,
-            recipe.sequence.length, getattr(torch, recipe.store),
-        )  # fmt: skip
+        write_bundle(recipe, vocabulary, module, trained)
     engine.close()
     return out / "bundle"
-
-
-def build_vocabulary(recipe: DecoderRecipe) -> Vocabulary:
-    """The vocabulary of the recipe's tokenizers, with the modalities that the shards hold.
-
-    Raises:
-        PlaitError: shards were made with different tokenizers, or with others than the recipe names.
-    """
-    tokenizers = load_tokenizers(recipe.tokenizers)
-    fingerprints = {name: tokenizer.fingerprint for name, tokenizer in tokenizers.items()}
-    present: set[str] = set()
-    for folder in recipe.shards:
-        manifest = read_manifest(Path(folder), "tokens")
-        for name, fingerprint in manifest["tokenizers"].items():
-            if fingerprints.get(name) != fingerprint:
-                raise PlaitError(
-                    f"{folder}: was made with another {name} tokenizer than {recipe.tokenizers}/{name} (fingerprints "
-                    "differ); tokenize the data again or name the tokenizers it was made with"
-                )
-        for row in manifest["shards"]:
-            present |= set(row["codes"])
-    return Vocabulary.build(tokenizers, [name for name in MODALITIES if name in present], recipe.layouts)
 
 
 def train_step(engine: Engine, share: Batch, recipe: DecoderRecipe, groups: list[str], lr: float) -> dict[str, float]:
@@ -147,8 +117,10 @@ class Checkpoints:
     ) -> None:
         self.folder, self.engine, self.loader = folder, engine, loader
         self.rank, self.world_size, self.keep = rank, world_size, recipe.keep
-        manifests = b"".join((Path(shards) / MANIFEST).read_bytes() for shards in recipe.shards)
-        self.data = hashlib.sha256(manifests).hexdigest()
+        begun_with = [Path(shards) / MANIFEST for shards in recipe.shards]
+        if recipe.init:
+            begun_with.append(find_weights(recipe.init) / "config.json")  # has the weights' checksums
+        self.data = hashlib.sha256(b"".join(path.read_bytes() for path in begun_with)).hexdigest()
 
     def save(self, step: int) -> None:
         """Write a checkpoint, then drop the oldest beyond ``keep``."""
@@ -188,7 +160,7 @@ class Checkpoints:
                 "resume with as many, or start in another folder"
             )
         if state["data"] != self.data:
-            raise PlaitError(f"{self.folder}: the run began with other shards; start in another folder")
+            raise PlaitError(f"{self.folder}: the run began with other shards or another init; start in another folder")
         self.engine.load(self.folder, tag)
         torch.set_rng_state(state["random"])
         self.loader.restore_state_rank(state["loader"])

@@ -84,6 +84,9 @@ class Engine:
         self.zero = recipe.parallel.zero
         self._plain = self.zero == 0 and recipe.parallel.dtype == "float32"
         self._norm = 0.0
+        self._all_train = all(parameter.requires_grad for parameter in module.parameters())
+        if not self._all_train:
+            module.register_state_dict_post_hook(_drop_frozen)  # DeepSpeed leaves a tied head in
         self.device: torch.device = self._engine.device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,8 +125,8 @@ class Engine:
         return values
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write this process's part of a checkpoint; ``latest`` then names it."""
-        self._engine.save_checkpoint(str(folder), tag=tag)
+        """Write this process's part of a checkpoint, without what is frozen; ``latest`` then names it."""
+        self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, tag: str) -> None:
         """Read a checkpoint back, under the same ZeRO stage.
@@ -132,7 +135,7 @@ class Engine:
             PlaitError: the checkpoint is missing or incomplete.
         """
         try:
-            path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+            path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=self._all_train)
         except (OSError, RuntimeError, KeyError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise PlaitError(f"{folder / tag}: checkpoint cannot be read ({reason}); {_OTHER_CHECKPOINT}") from None
@@ -140,11 +143,13 @@ class Engine:
             raise PlaitError(f"{folder / tag}: checkpoint is incomplete; {_OTHER_CHECKPOINT}")
 
     def weights(self) -> dict[str, Tensor]:
-        """The module's whole state dict on the CPU, in float32 where a float32 master exists; a collective call."""
+        """The parameters that train, on the CPU, in float32 and from its masters if there are any; a collective call."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         full: dict[str, Tensor] = {}
         for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             master = safe_get_full_fp32_param(parameter) if self.zero else parameter
             assert master is not None, name
             full[name] = master.detach().float().cpu().clone()
@@ -154,3 +159,10 @@ class Engine:
         """Leave the process group."""
         self._engine.destroy()
         torch.distributed.destroy_process_group()
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """Take what does not train out of a state dict, under all its names."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)

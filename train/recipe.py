@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from omegaconf import MISSING
+
 from plait.model.config import DecoderConfig
+from plait.model.lora import LoRAConfig
 from plait.tokenizers.audio import AudioConfig
 from plait.tokenizers.visual import VisualConfig
 from plait.train.adversarial import AdversarialConfig
@@ -257,10 +260,15 @@ class ParallelConfig:
     Attributes:
         zero: DeepSpeed ZeRO stage, 0 to 3.
         dtype: "float32" or "bfloat16" for parameters and activations; bfloat16 keeps float32 masters.
+        checkpoint_activations: keep only what goes into a block, and compute the rest again for the backward pass
+            (arXiv 1604.06174): about a third more time, for a memory that hardly grows with depth.
+        compile: have torch.compile compile the blocks.
     """
 
     zero: int = 0
     dtype: str = "float32"
+    checkpoint_activations: bool = False
+    compile: bool = False
 
 
 @dataclass
@@ -287,10 +295,23 @@ class SequenceConfig:
 class DecoderRecipe:
     """Train a decoder on token shards, ending in a bundle.
 
+    With ``init`` it adapts a trained one. Then ``train``, ``rows`` and ``lora`` say what learns, and all else is
+    frozen; with none of them everything learns. Anole trains the head's rows of the image codes (``train: [lm_head.weight]``,
+    ``rows: [visual.0]``), TEAL the new rows of embedding and head (``rows: [new]``).
+
     Attributes:
         shards: folders of token shards.
-        tokenizers: folder whose subfolders are the tokenizers that made the shards.
-        out: run folder; checkpoints go to ``out/checkpoints``, the bundle to ``out/bundle``.
+        tokenizers: folder whose subfolders are the tokenizers that made the shards, or a bundle; with ``init``, those
+            that it lacks.
+        out: run folder; checkpoints go to ``out/checkpoints``, the bundle to ``out/bundle``, what learnt beside frozen
+            weights to ``out/adapter`` besides.
+        init: bundle to start from, its folder or a shipped name. Architecture, vocabulary, tokenizers and settings are
+            its own; the vocabulary grows by the modalities that the shards hold and it lacks.
+        model: the architecture; left out with ``init``.
+        train: patterns of parameters that learn, such as ``layers.*.mlp.*`` or ``*norm*``.
+        rows: of embedding and head (of one of them, if ``train`` matches one of them) only the rows of these blocks of
+            the vocabulary learn; patterns, and "new" is all that the vocabulary was grown by.
+        lora: adapters that learn beside linear layers, and are merged into them in the bundle.
         global_batch: sequences per optimizer step over all processes and accumulation steps.
         micro_batch: sequences per forward pass of one process at most.
         streams: independent data streams over all processes, each in a worker process of its own; they divide
@@ -300,16 +321,20 @@ class DecoderRecipe:
         save_every: steps between checkpoints.
         log_every: steps between log lines.
         keep: checkpoints that are kept.
-        store: dtype of the bundle's weights, "float32" or "bfloat16".
-        generation: settings that `plait generate` takes from the bundle.
+        store: dtype of the bundle's weights, "float32" or "bfloat16"; by default as in ``init``, else bfloat16.
+        generation: settings that `plait generate` takes from the bundle; with ``init`` they come on top of its own.
         layouts: how the codes of several codebooks become one stream, by modality: "flatten" (where not named), "delay"
             or "delay:0,1,1" with your own delays.
     """
 
     shards: list[str]
-    tokenizers: str
-    out: str
+    tokenizers: str = ""
+    out: str = MISSING
+    init: str = ""
     model: DecoderConfig = field(default_factory=DecoderConfig)
+    train: list[str] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -322,7 +347,7 @@ class DecoderRecipe:
     log_every: int = 10
     keep: int = 2
     seed: int = 0
-    store: str = "bfloat16"
+    store: str = ""
     generation: dict[str, Any] = field(default_factory=dict)
     layouts: dict[str, str] = field(default_factory=dict)
     kind: str = "decoder"

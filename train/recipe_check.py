@@ -5,7 +5,7 @@ from typing import Any
 
 from plait.errors import PlaitError
 from plait.infer.sampling import Sampling
-from plait.model.config import DecoderConfig
+from plait.model.config import DecoderConfig, RopeScaling
 from plait.tokenizers.audio import AudioConfig, HalfConfig
 from plait.tokenizers.modalities import MODALITIES
 from plait.tokenizers.quantizer import QuantizerConfig
@@ -76,20 +76,33 @@ RANGES = {
     "optimizer.weight_decay": "[0, inf)",
     "optimizer.clip": "[0, inf)",
     "parallel.zero": "[0, 3]",
+    "lora.rank": "[0, inf)",
+    "lora.alpha": "(0, inf)",
+    "lora.dropout": "[0, 1)",
     "sequence.length": "[1, inf)",
     "sequence.media_first": "[0, 1]",
     "sequence.drop_text": "[0, 1]",
     "sequence.context_loss": "[0, inf)",
     "sequence.loss_weights": "[0, inf)",
-    "model.vocabulary_size": "[0, 0]",
+    "model.vocabulary_size": "[0, inf)",
     "model.width": "[1, inf)",
     "model.layers": "[1, inf)",
     "model.heads": "[1, inf)",
     "model.kv_heads": "[1, inf)",
+    "model.head_size": "[0, inf)",
     "model.ffn_width": "[0, inf)",
     "model.rope_theta": "(0, inf)",
+    "model.rope_scaling.factor": "(0, inf)",
+    "model.rope_scaling.original_context": "[0, inf)",
+    "model.rope_scaling.low_freq_factor": "(0, inf)",
+    "model.rope_scaling.high_freq_factor": "(0, inf)",
+    "model.rope_scaling.beta_fast": "(0, inf)",
+    "model.rope_scaling.beta_slow": "(0, inf)",
+    "model.rope_scaling.attention_factor": "[0, inf)",
     "model.norm_eps": "(0, inf)",
+    "model.sliding_window": "[0, inf)",
     "model.dropout": "[0, 1)",
+    "model.attention_dropout": "[0, 1)",
     "model.patch": "[1, inf)",
     "model.widths": "[1, inf)",
     "model.encoder_blocks": "[0, inf)",
@@ -137,8 +150,9 @@ def flat(plain: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def problems(plain: Any) -> Iterator[tuple[list[str], str]]:
     """What would fail late or silently do nothing: the keys that are to blame, the first of them wrong, and why."""
     for name in ("shards", "tokenizers", "heldout", "out"):
-        if not plain.get(name, name) and not (name == "shards" and plain["kind"] == "visual-tokenizer"):
-            yield [name], "is empty; name a folder"
+        spare = {"shards": plain["kind"] == "visual-tokenizer", "tokenizers": bool(plain.get("init"))}
+        if not plain.get(name, name) and not spare.get(name):
+            yield [name], "is not set; name a folder" if name == "tokenizers" else "is empty; name a folder"
     generation, weights = plain.get("generation", {}), plain.get("sequence", {}).get("loss_weights", {})
     for name, modalities in (("generation", generation), ("sequence.loss_weights", weights)):
         for modality in modalities:
@@ -148,12 +162,19 @@ def problems(plain: Any) -> Iterator[tuple[list[str], str]]:
     yield from _generation_problems(generation)
     match plain["kind"]:
         case "decoder":
-            try:
-                DecoderConfig(**plain["model"])
-            except PlaitError as error:
-                yield ["model"], f"is wrong: {error}"
+            yield from _decoder_problems(plain)
         case "visual-tokenizer" | "audio-tokenizer":
             yield from _tokenizer_problems(plain)
+
+
+def _decoder_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
+    try:
+        DecoderConfig(**plain["model"] | {"rope_scaling": RopeScaling(**plain["model"]["rope_scaling"])})
+    except PlaitError as error:
+        yield ["model"], f"is wrong: {error}"
+    for key, value in (("train", plain["train"]), ("rows", plain["rows"]), ("lora.rank", plain["lora"]["rank"])):
+        if value and not plain["init"]:
+            yield [key, "init"], "needs init, a trained model of which the rest is kept; leave it out"
 
 
 def _tokenizer_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
@@ -240,10 +261,9 @@ def _audio_problems(plain: Any, model: AudioConfig) -> Iterator[tuple[list[str],
 
 
 def _number_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
-    if plain.get("model", {}).get("vocabulary_size"):
-        yield ["model.vocabulary_size"], "cannot be set, it comes from the tokenizers; leave it out"
     for key, value in flat(plain):
-        if key in ("store", "precision", "parallel.dtype") and value not in _DTYPES:
+        as_in_init = key == "store" and not value and plain["kind"] == "decoder"
+        if key in ("store", "precision", "parallel.dtype") and value not in _DTYPES and not as_in_init:
             yield [key], f"is {value!r}, expected {' or '.join(map(repr, _DTYPES))}"
         interval = RANGES.get(key) or RANGES.get(key.rpartition(".")[0], "(-inf, inf)")
         for number in value if isinstance(value, (list, tuple)) else [value]:
@@ -260,7 +280,8 @@ def _generation_problems(generation: dict[str, Any]) -> Iterator[tuple[list[str]
         if not isinstance(settings, dict):
             yield [f"generation.{modality}"], f"is {settings!r}, expected settings such as {{temperature: 0.5}}"
         for name, value in settings.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number and name != "guidance_domain":
                 yield [f"generation.{modality}.{name}"], f"is {value!r}, expected a number"
             try:
                 Sampling.of({name: value})

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plait.errors import PlaitError
+from plait.model.config import DecoderConfig
 from plait.train.recipe import (
     AudioTokenizerRecipe,
     DecoderRecipe,
@@ -70,6 +71,9 @@ def load_recipe(name: str, overrides: Sequence[str] = (), kinds: Sequence[str] =
             raise PlaitError(f"{override}: overrides are written key=value")
     overridden = [override.partition("=")[0] for override in overrides]
     config = OmegaConf.structured(_RECIPES[kind])
+    if kind == "decoder":
+        # Of the class: an instance has worked out what its zeros stand for, and not from this recipe's width.
+        config.model = OmegaConf.structured(DecoderConfig)
     # One key at a time, because not every error of OmegaConf says which key it is about.
     layers: list[tuple[str, Any, Callable[[], Any]]] = [
         *((str(path), key, partial(OmegaConf.masked_copy, content, [key])) for key in plain),

@@ -93,14 +93,32 @@ def generate(
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: RecipeName,
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would cost: parameters, FLOPs, memory.")
+    ] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: on so many processes; a few numbers by default.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="With --dry-run: TFLOP/s that a process sustains, for the time.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a decoder; alone, or under torchrun or deepspeed."""
     from plait.train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], kinds=["decoder"])
+    if dry_run:
+        from plait.train.dry_run import describe
+        from plait.train.dry_run import dry_run as compute
+
+        facts = compute(loaded, world_size, tflops)  # type: ignore[arg-type]
+        report(as_json, facts, describe(facts))
+        return
+    refuse(context, ("world_size", "tflops"), "is for --dry-run; torchrun and deepspeed start processes")
     from plait.train.decoder_loop import train_decoder
 
     bundle = train_decoder(loaded)  # type: ignore[arg-type]
@@ -123,6 +141,61 @@ def evaluate(
 
     figures = measure(load(bundle), captioned_images(folder), items, seed)
     report(as_json, figures, "\n".join(f"{name:17} {value:.4g}" for name, value in figures.items()))
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of another project's decoder checkpoint.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Bundle to write.")],
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="hf, emu3, emu3.5, chameleon, anole, llama, mistral or qwen; by what the checkpoint says, by default.",
+        ),
+    ] = None,
+    visual: Annotated[
+        Path | None, typer.Option(help="The image tokenizer, where it was released by itself: a folder or a file.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="The text tokenizer, where it is not with the checkpoint: a folder or a file.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as it is, by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a bundle of a released decoder; an interrupted import goes on where it was.
+
+    The weights are read and written piece by piece. Checksums that came along are verified.
+    """
+    from plait.infer.import_checkpoint import import_checkpoint
+    from plait.train.progress import progress_bar
+
+    with progress_bar("bytes") as advance:
+        facts = import_checkpoint(source, out, kind, visual, text, dtype, advance)
+    holds = ", ".join(facts["modalities"]) or "bare ids: no text tokenizer was found"
+    text_out = f"wrote {out} ({facts['family']}, {facts['parameters']} parameters in {facts['dtype']}; {holds})"
+    report(as_json, facts, text_out)
+
+
+@app.command()
+def export(
+    bundle: Annotated[str, typer.Argument(help="A path or a shipped name.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; it must not be there yet.")],
+    to: Annotated[
+        str, typer.Option(help="hf for transformers; emu3, emu3.5, chameleon or llama for the original layouts.")
+    ] = "hf",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as it is, by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a bundle's decoder, with its text and image tokenizers where they fit, for other software."""
+    from plait.infer.export_checkpoint import export_checkpoint
+    from plait.train.progress import progress_bar
+
+    with progress_bar("bytes") as advance:
+        facts = export_checkpoint(bundle, out, to, dtype, advance)
+    if "note" in facts:
+        print(f"note: {facts['note']}", file=sys.stderr)
+    report(as_json, facts, f"wrote {out} ({facts['architecture']}, {facts['parameters']} parameters)")
 
 
 @tokenizer.command("train")

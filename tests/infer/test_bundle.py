@@ -152,7 +152,11 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("config.json", lambda p: edit(p, lambda c: c.update(context="many")), "context a whole number"),
     ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(experts=8)), "unknown field 'experts'"),
     ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(vocabulary_size=7)), "vocabulary_size is 7"),
-    ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(width=1 << 40)), "no tensor can be that large"),
+    (
+        "config.json",
+        lambda p: edit(p, lambda c: c["decoder"].update(width=1 << 40, ffn_width=1 << 40)),
+        "no tensor can be that large",
+    ),
     ("vocabulary.json", lambda p: p.unlink(), "no such file"),
     ("vocabulary.json", lambda p: edit(p, lambda c: c["blocks"][-1].update(name="x")), "vocabulary.json"),
     ("vocabulary.json", lambda p: edit(p, lambda c: c["blocks"][0]["tokens"].reverse()), "not the vocabulary"),

@@ -15,6 +15,8 @@ COMMANDS = [
     "generate",
     "train",
     "eval",
+    "import",
+    "export",
     "tokenizer",
     "tokenizer train",
     "tokenizer info",

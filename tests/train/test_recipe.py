@@ -64,9 +64,16 @@ def test_overrides_take_the_field_s_type(tmp_path: Path) -> None:
     assert recipe.shards == ["x", "y"]
     assert recipe.out == "12"
     assert recipe.sequence.loss_weights == {"text": 2.0}
-    assert recipe.model.qk_norm is False
+    assert recipe.model.qk_norm == "none"
     assert recipe.steps == 7
     assert recipe.generation == {"image": {"top_k": 3}}
+
+
+def test_sizes_left_out_follow_from_those_given(tmp_path: Path) -> None:
+    recipe = load(tmp_path, BASE, "model.width=1024", "model.heads=8", "model.kv_heads=8")
+    assert (recipe.model.head_size, recipe.model.ffn_width) == (128, 2752)
+    save_recipe(recipe, tmp_path / "again.yaml")
+    assert load_recipe(str(tmp_path / "again.yaml")) == recipe
 
 
 def test_the_last_override_wins(tmp_path: Path) -> None:
@@ -110,7 +117,8 @@ def test_unknown_key_without_a_near_one_lists_its_level(tmp_path: Path) -> None:
     assert "known keys: shards, tokenizers" in message
     assert "optimizer.lr" not in message
     message = refusal(tmp_path, BASE, "parallel.qqqqqqqq=1")
-    assert message.endswith("known keys: parallel.zero, parallel.dtype")
+    assert "known keys: parallel.zero, parallel.dtype, " in message
+    assert "optimizer" not in message
 
 
 @pytest.mark.parametrize(
@@ -190,9 +198,28 @@ def test_invalid_value_names_the_field(override: str, field: str, tmp_path: Path
         ("generation={image: {top_p: 2}}", "generation.image.top_p"),
         ("generation={image: {warmth: 2}}", "generation.image.warmth"),
         ("generation.image=1", "generation.image is 1"),
-        ("model.vocabulary_size=9", "model.vocabulary_size cannot be set, it comes from the tokenizers"),
-        ("model.dropout=1", "model.dropout"),
+        ("model.vocabulary_size=-1", "model.vocabulary_size is -1, expected a number in [0, inf)"),
+        ("model.dropout=1", "model.dropout is 1.0, expected a number in [0, 1)"),
+        ("model.attention_dropout=-0.1", "model.attention_dropout is -0.1, expected a number in [0, 1)"),
+        ("model.head_size=-2", "model.head_size is -2, expected a number in [0, inf)"),
+        ("model.head_size=7", "model is wrong: decoder: head_size is 7, must be even"),
+        ("model.sliding_window=-1", "model.sliding_window is -1, expected a number in [0, inf)"),
+        ("model.qk_norm=batch", "model is wrong: decoder: qk_norm is 'batch', expected none, rms, layer"),
+        ("model.norm_placement=mid", "model is wrong: decoder: norm_placement is 'mid', expected pre, post"),
+        ("model.rope_scaling.kind=long", "model is wrong: decoder: rope_scaling.kind is 'long', expected none, linear"),
+        ("model.rope_scaling.kind=yarn", "model is wrong: decoder: rope_scaling.original_context is 0, must be"),
+        ("model.rope_scaling.factor=0", "model.rope_scaling.factor is 0.0, expected a number in (0, inf)"),
+        ("model.rope_scaling.original_context=-1", "model.rope_scaling.original_context is -1"),
+        ("model.rope_scaling.low_freq_factor=0", "model.rope_scaling.low_freq_factor is 0.0"),
+        ("model.rope_scaling.high_freq_factor=0", "model.rope_scaling.high_freq_factor is 0.0"),
+        ("model.rope_scaling.beta_fast=-1", "model.rope_scaling.beta_fast is -1.0"),
+        ("model.rope_scaling.beta_slow=.nan", "model.rope_scaling.beta_slow is nan"),
+        ("model.rope_scaling.attention_factor=-1", "model.rope_scaling.attention_factor is -1.0"),
+        ("model.rope_scaling.fator=2", "unknown key 'model.rope_scaling.fator'; did you mean 'model.rope_scaling.fact"),
         ("model.width=33", "model"),
+        ("train=[lm_head.weight]", "train needs init, a trained model of which the rest is kept"),
+        ("rows=[new]", "rows needs init"),
+        ("lora.rank=4", "lora.rank needs init"),
         ("out=''", "out is empty"),
         ("steps=???", "steps: ??? stands for no value"),
         ("shards=foo", "shards: expected a list; write shards=[foo]"),

@@ -1,0 +1,254 @@
+"""What was imported goes back as it was, bit for bit; what was trained here loads elsewhere with the same logits."""
+
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plait.errors import PlaitError
+from plait.infer.bundle import load_bundle, save_bundle
+from plait.infer.export_checkpoint import export_checkpoint
+from plait.infer.import_checkpoint import import_checkpoint
+from plait.model.config import DecoderConfig, RopeScaling
+from plait.model.decoder import Decoder
+from plait.model.foreign_config import from_transformers
+from plait.tokenizers.loading import find_weights
+from plait.tokenizers.vocabulary import Block, Vocabulary
+
+foreign = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("foreign.py"))))
+
+
+def load(folder: Path) -> Any:
+    """The class that config.json names, with nothing missing, extra or newly made."""
+    import transformers as hf
+
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, info = getattr(hf, name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+ROUND: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"rope_parameters": YARN}),
+    ("mistral", {"sliding_window": 9, "head_dim": 6}),
+    ("qwen2", {"num_key_value_heads": 1}),
+    ("qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
+    ("emu3-text", {}),
+    ("emu3", {}),
+    ("emu3", {"tie_word_embeddings": True}),
+    ("chameleon", {"num_key_value_heads": 4}),
+    ("chameleon", {"swin_norm": True}),
+]
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize(("kind", "fields"), ROUND, ids=str)
+def test_a_round_trip_keeps_every_bit(kind: str, fields: dict[str, Any], shard: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = foreign.build(kind, **fields)
+    import_checkpoint(foreign.save(model, tmp_path / "src", shard), tmp_path / "bundle")
+    export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+    back = load(tmp_path / "out")
+    assert type(back) is type(model)
+    equal(back.state_dict(), model.state_dict())
+    tokens = torch.randint(61, (2, 40))
+    assert torch.equal(foreign.logits(back, tokens), foreign.logits(model, tokens))
+    # The files themselves hold the same tensors under the same names.
+    equal(
+        *(
+            {k: t for f in (tmp_path / at).glob("*.safetensors") for k, t in load_file(f).items()}
+            for at in ("src", "out")
+        )
+    )
+    configs = (json.loads((tmp_path / at / "config.json").read_text()) for at in ("src", "out"))
+    theirs, ours = (from_transformers(config, ()) for config in configs)
+    assert ours == theirs
+
+
+def test_bfloat16_stays(tmp_path: Path) -> None:
+    model = foreign.build("qwen3", head_dim=16).to(torch.bfloat16)
+    import_checkpoint(foreign.save(model, tmp_path / "src"), tmp_path / "bundle")
+    export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    equal(load(tmp_path / "out").state_dict(), model.state_dict())
+
+
+def bundle_of(folder: Path, **fields: Any) -> Decoder:
+    """An untrained decoder without tokenizers, as a bundle."""
+    torch.manual_seed(0)
+    base = {"vocabulary_size": 64, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 48}
+    decoder = Decoder(DecoderConfig(**{**base, "qk_norm": "none", **fields})).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.25)
+    vocabulary = Vocabulary((Block("ids", 0, 64),), grammar="ids")
+    save_bundle(folder, decoder.config, decoder.state_dict(), vocabulary, folder, {}, 64, torch.float32)
+    return decoder
+
+
+OWN: list[tuple[dict[str, Any], str]] = [
+    ({}, "LlamaForCausalLM"),
+    ({"tie_embeddings": False, "rope_scaling": RopeScaling("ntk", 4.0)}, "LlamaForCausalLM"),
+    ({"width": 30, "head_size": 8}, "MistralForCausalLM"),
+    ({"head_size": 12}, "LlamaForCausalLM"),
+    ({"sliding_window": 5}, "MistralForCausalLM"),
+    ({"qkv_bias": True, "sliding_window": 5, "head_size": 6}, "Qwen2ForCausalLM"),
+    ({"qk_norm": "rms", "sliding_window": 5, "width": 30, "head_size": 8}, "Qwen3ForCausalLM"),
+    ({"qk_norm": "rms", "rope_scaling": RopeScaling("llama3", 4.0, 16)}, "Qwen3ForCausalLM"),
+    ({"rope_scaling": RopeScaling("dynamic", 4.0, 16)}, "LlamaForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("fields", "name"), OWN, ids=str)
+@torch.no_grad()
+def test_every_decoder_finds_its_architecture(fields: dict[str, Any], name: str, tmp_path: Path) -> None:
+    decoder = bundle_of(tmp_path / "bundle", **fields)
+    facts = export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+    assert facts["architecture"] == name
+    tokens = torch.randint(64, (2, 40))
+    expected = decoder(tokens, torch.arange(40).expand(2, -1))
+    assert expected.std() > 0.5
+    torch.testing.assert_close(foreign.logits(load(tmp_path / "out"), tokens), expected, atol=1e-4, rtol=0)
+    import_checkpoint(tmp_path / "out", tmp_path / "again")
+    equal(load_bundle(tmp_path / "again").decoder.state_dict(), decoder.state_dict())
+
+
+@torch.no_grad()
+def test_a_chameleon_without_images_still_computes_text(tmp_path: Path) -> None:
+    decoder = bundle_of(tmp_path / "bundle", qk_norm="layer", norm_placement="post")
+    facts = export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+    assert "without an image tokenizer" in facts["note"]
+    from transformers import ChameleonForConditionalGeneration
+
+    model, info = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert {name.split(".")[1] for name in info["missing_keys"]} == {"vqmodel"}
+    tokens = torch.randint(64, (2, 40))
+    expected = decoder(tokens, torch.arange(40).expand(2, -1))
+    torch.testing.assert_close(foreign.logits(model.eval(), tokens), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_the_shipped_model_loads_in_transformers(tmp_path: Path, main: Any) -> None:
+    ran = main("export", "plait-tiny", "-o", tmp_path / "out", "--dtype", "float32", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["architecture"] == "Qwen3ForCausalLM"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    tiny = load_bundle(find_weights("plait-tiny"))
+    tokens = torch.randint(tiny.vocabulary.size, (2, 60))
+    expected = tiny.decoder(tokens, torch.arange(60).expand(2, -1))
+    torch.testing.assert_close(foreign.logits(load(tmp_path / "out"), tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_the_original_layouts_come_back(tmp_path: Path) -> None:
+    for to, fields in (
+        ("emu3", {"tie_embeddings": False}),
+        ("emu3.5", {"qk_norm": "rms", "head_size": 16}),
+        ("llama", {"tie_embeddings": False}),
+        ("chameleon", {"tie_embeddings": False, "norm_placement": "post"}),
+    ):
+        decoder = bundle_of(tmp_path / to, **fields)
+        export_checkpoint(tmp_path / to, tmp_path / f"{to}-out", to)
+        kind = to if to.startswith("emu") else None
+        import_checkpoint(tmp_path / f"{to}-out", tmp_path / f"{to}-back", kind)
+        back = load_bundle(tmp_path / f"{to}-back").decoder
+        assert back.config == decoder.config
+        equal(back.state_dict(), decoder.state_dict())
+    config = json.loads((tmp_path / "emu3.5-out" / "config.json").read_text())
+    assert (config["model_type"], config["head_dim"], config["rope_theta"]) == ("Emu3", 16, 1e4)
+    (file,) = (tmp_path / "llama-out").glob("*.pth")
+    assert "layers.1.attention.wq.weight" in torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_chameleons_own_layout_comes_back_bit_for_bit(tmp_path: Path, shards: int) -> None:
+    torch.manual_seed(0)
+    model = foreign.chameleon(shards, swin_norm=shards > 1)
+    source = foreign.save_meta(model, tmp_path / "src", shards)
+    import_checkpoint(source, tmp_path / "bundle")
+    assert export_checkpoint(tmp_path / "bundle", tmp_path / "out", "chameleon")["shards"] == shards
+    for path in source.glob("*.pth"):
+        theirs = torch.load(path, weights_only=True)
+        del theirs["rope.freqs"]
+        equal(torch.load(tmp_path / "out" / path.name, weights_only=True), theirs)
+    import_checkpoint(tmp_path / "out", tmp_path / "again")
+    equal(*(load_bundle(tmp_path / at).decoder.state_dict() for at in ("bundle", "again")))
+
+
+def test_norms_that_no_shard_can_hold(tmp_path: Path) -> None:
+    bundle_of(tmp_path / "bundle", qk_norm="layer", heads=6, kv_heads=3, width=36, tie_embeddings=False)
+    with pytest.raises(PlaitError, match="the heads' QK-norms differ"):
+        export_checkpoint(tmp_path / "bundle", tmp_path / "out", "chameleon")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "to", "message"),
+    [
+        ({"norm_placement": "post"}, "hf", "norm_placement 'post'"),
+        ({"qk_norm": "rms", "qkv_bias": True}, "hf", "qkv_bias True"),
+        ({"qk_norm": "rms"}, "emu3", "emu3 has qk_norm 'none'"),
+        ({}, "emu3.5", "emu3.5 has qk_norm 'rms'"),
+        ({"qkv_bias": True}, "chameleon", "Meta's layout"),
+        ({"qk_norm": "layer"}, "llama", "llama has no QK-norm"),
+        ({}, "gguf", "--to: is 'gguf'"),
+    ],
+)
+def test_what_cannot_go_is_one_line(fields: dict[str, Any], to: str, message: str, tmp_path: Path, main: Any) -> None:
+    bundle_of(tmp_path / "bundle", **fields)
+    ran = main("export", tmp_path / "bundle", "-o", tmp_path / "out", "--to", to)
+    assert (ran.code, ran.out) == (2, "")
+    assert message in ran.err
+    assert ran.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
+    bundle_of(tmp_path / "bundle")
+    path = tmp_path / "bundle" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    load_bundle(tmp_path / "bundle")  # loading does not hash
+    with pytest.raises(PlaitError, match=r"model.safetensors: its sha256 is not the one in config\.json"):
+        export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    bundle_of(tmp_path / "bundle")
+    export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+    for out, message in ((tmp_path / "out", "not empty"), (tmp_path / "bundle", "holds what is to be read")):
+        with pytest.raises(PlaitError, match=message):
+            export_checkpoint(tmp_path / "bundle", out)
+
+
+def test_damaged_bundles_are_named(tmp_path: Path) -> None:
+    bundle_of(tmp_path / "bundle")
+    path = tmp_path / "bundle" / "model.safetensors"
+    tensors = load_file(path)
+    config = tmp_path / "bundle" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "sha256"}))
+    for change, message in (
+        ({"spare": torch.ones(1)}, "tensor 'spare' is extra"),
+        ({"norm.weight": torch.ones(3)}, r"tensor 'norm.weight' has shape \(3,\)"),
+        ({"norm.weight": torch.full((32,), torch.inf)}, "tensor 'norm.weight' holds values that are not finite"),
+    ):
+        save_file({**tensors, **change}, path)
+        with pytest.raises(PlaitError, match=message):
+            export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+    del tensors["norm.weight"]
+    save_file(tensors, path)
+    with pytest.raises(PlaitError, match=r"tensor 'norm.weight' is missing"):
+        export_checkpoint(tmp_path / "bundle", tmp_path / "out")
