@@ -16,12 +16,14 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from plait.errors import PlaitError
-from plait.infer.prompting import Target
 from plait.infer.shards import shard_files, write_set
+from plait.infer.target import Target
 from plait.model.config import DecoderConfig, RopeScaling
 from plait.model.decoder import Decoder
+from plait.model.quantize import Quantization, quantize_
 from plait.tokenizers.base import (
     FORMAT_VERSION,
     check_format_version,
@@ -31,6 +33,7 @@ from plait.tokenizers.base import (
     write_json,
 )
 from plait.tokenizers.loading import load_tokenizers
+from plait.tokenizers.modalities import MODALITIES
 from plait.tokenizers.vocabulary import Vocabulary
 
 
@@ -62,6 +65,7 @@ def save_bundle(
     generation: dict[str, Any],
     context: int,
     dtype: torch.dtype,
+    quantization: Quantization | None = None,
 ) -> None:
     """Write a bundle; an existing one at ``folder`` is replaced only when the new one is complete.
 
@@ -73,20 +77,22 @@ def save_bundle(
         tokenizers: folder with one subfolder per tokenizer, copied.
         generation: sampling settings by target modality.
         context: longest document that it was trained on, in tokens.
-        dtype: of the stored weights, those of whole numbers aside.
+        dtype: of the stored weights, but for quantized ones.
+        quantization: how the weights are quantized, if they are.
     """
     folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
-    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    tied = {"lm_head.weight"} if config.tie_embeddings and quantization is None else set()
     stored = {
-        name: tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype)
+        name: tensor.to("meta", tensor.dtype if _is_quantized(name, tensor) else dtype)
         for name, tensor in weights.items()
         if name not in tied
     }
     sums = write_set(temporary, stored, lambda name: weights[name].detach().to("cpu", stored[name].dtype))
-    write_description(temporary, config, vocabulary, generation, context, sums)
+    others = {} if quantization is None else {"quantization": asdict(quantization)}
+    write_description(temporary, config, vocabulary, generation, context, sums, **others)
     for name in vocabulary.tokenizers:
         shutil.copytree(tokenizers / name, temporary / "tokenizers" / name)
     replace_folder(folder, temporary)
@@ -137,8 +143,16 @@ def replace_folder(folder: Path, finished: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+def load_bundle(
+    folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, quantize: str | None = None
+) -> Bundle:
     """Load a bundle for inference.
+
+    Args:
+        folder: the bundle's.
+        device: where its networks go.
+        dtype: of the decoder's weights, but for quantized ones.
+        quantize: "int8" or "int4" quantizes the decoder's weights, unless they are stored so.
 
     Raises:
         PlaitError: a missing, broken or mismatched file: the vocabulary or a tokenizer is not the one it was
@@ -155,7 +169,12 @@ def load_bundle(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.fl
             )
         if isinstance(tokenizers[name], torch.nn.Module):
             tokenizers[name].to(device)
-    decoder = load_decoder(folder, config, device, dtype)
+    quantization = read_quantization(content, folder / "config.json")
+    decoder = load_decoder(folder, config, device, dtype, quantization)
+    if quantize is not None:
+        if quantization is not None:
+            raise PlaitError(f"quantize: the weights of {folder} are stored in {quantization.bits} bits already")
+        quantize_(decoder, quantize)
     return Bundle(decoder, vocabulary, tokenizers, _load_generation(folder / "generation.json"), content["context"])
 
 
@@ -203,13 +222,46 @@ def build_decoder(config: DecoderConfig, names: Collection[str], where: Path) ->
     if config.layers > len(layers):  # a damaged file may ask for billions
         raise PlaitError(f"{where}: says {config.layers} layers, the tensors are those of {len(layers)}")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unset():
             return Decoder(config)
     except RuntimeError as error:
         raise PlaitError(f"{where}: decoder: no tensor can be that large ({error}); restore the file") from None
 
 
-def load_decoder(folder: Path, config: DecoderConfig, device: str, dtype: torch.dtype) -> Decoder:
+class _Unset(TorchFunctionMode):
+    """Leave new parameters without values: to draw normal ones on the meta device imports 150 MB of modules first."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, torch.nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def read_quantization(content: dict[str, Any], where: Path) -> Quantization | None:
+    """How a bundle's weights are quantized, by its config.json.
+
+    Raises:
+        PlaitError: an unknown field or value.
+    """
+    if (settings := content.get("quantization")) is None:
+        return None
+    if not isinstance(settings, dict):
+        raise PlaitError(f"{where}: quantization is {settings!r}, must be an object; restore the file")
+    return config_from_json(Quantization, settings, where)
+
+
+def _is_quantized(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is part of a quantized weight: its codes, scales or zero points."""
+    return not tensor.is_floating_point() or name.endswith((".scales", ".zeros"))
+
+
+def load_decoder(
+    folder: Path,
+    config: DecoderConfig,
+    device: str,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+) -> Decoder:
     """A bundle's decoder, ready for inference; besides it, a shard is in memory at most.
 
     Raises:
@@ -217,24 +269,34 @@ def load_decoder(folder: Path, config: DecoderConfig, device: str, dtype: torch.
     """
     files = shard_files(folder)
     found = {name: (path, tensor.shape) for path in files for name, tensor in _read_shard(path).items()}
-    decoder = check_tensors(folder, config, found)
+    decoder = check_tensors(folder, config, found, quantization)
     for path in files:
         # Copied, as the file is mapped into memory and may change.
-        loaded = {name: t.to(device, dtype, copy=True) for name, t in _read_shard(path).items()}
+        loaded = {
+            name: t.to(device, t.dtype if _is_quantized(name, t) else dtype, copy=True)
+            for name, t in _read_shard(path).items()
+        }
         decoder.load_state_dict(loaded, strict=False, assign=True)
-    if config.tie_embeddings:
+    if config.tie_embeddings and quantization is None:
         decoder.lm_head.weight = decoder.embed_tokens.weight
     return decoder.eval().requires_grad_(False)
 
 
-def check_tensors(folder: Path, config: DecoderConfig, found: dict[str, tuple[Path, torch.Size]]) -> Decoder:
+def check_tensors(
+    folder: Path,
+    config: DecoderConfig,
+    found: dict[str, tuple[Path, torch.Size]],
+    quantization: Quantization | None = None,
+) -> Decoder:
     """The decoder of a configuration, on the meta device, if these tensors, with their files and shapes, are its own.
 
     Raises:
         PlaitError: one is missing, extra or of another shape.
     """
     decoder = build_decoder(config, found, folder / "config.json")
-    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    if quantization is not None:  # the head then is one of its own
+        quantize_(decoder, quantization)
+    tied = {"lm_head.weight"} if config.tie_embeddings and quantization is None else set()
     expected = {name: tensor for name, tensor in decoder.state_dict().items() if name not in tied}
     for problem, names in (("is missing", set(expected) - set(found)), ("is extra", set(found) - set(expected))):
         if names:
@@ -262,6 +324,8 @@ def _load_generation(path: Path) -> dict[str, dict[str, Any]]:
     generation = read_json(path)
     check_format_version(generation.pop("format_version", None), path)
     for modality, settings in generation.items():
+        if modality not in (*MODALITIES, "interleaved"):
+            raise PlaitError(f"{path}: unknown target {modality!r}; there are {', '.join(MODALITIES)} and interleaved")
         try:
             Target.of(settings)
         except (PlaitError, TypeError) as error:  # TypeError: the settings are no object

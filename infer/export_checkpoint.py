@@ -19,10 +19,11 @@ from plait.errors import PlaitError
 from plait.infer.bundle import check_tensors, read_description, replace_folder
 from plait.infer.foreign_checkpoint import verify
 from plait.infer.import_checkpoint import DTYPES, check_target, count_bytes
-from plait.infer.shards import STATE, Advance, LazyFile, check_finite, shard_files, write_set
+from plait.infer.shards import STATE, Advance, LazyFile, check_finite, shard_files, shard_limit, write_set
 from plait.model.checkpoints import EMBEDDING, EMU3_WHOLE, HEAD, LLAMA, Names, meta_name, meta_shards, split_meta
 from plait.model.config import DecoderConfig
-from plait.model.foreign_config import model_type, to_params, to_transformers
+from plait.model.foreign_config import model_type, to_transformers
+from plait.model.meta_config import to_params
 from plait.tokenizers.base import make_folder, read_json, write_json
 from plait.tokenizers.foreign import read_checkpoint
 from plait.tokenizers.loading import find_weights, load_tokenizer
@@ -135,13 +136,12 @@ def _write_transformers(source: _Source, partial: Path, to: str, advance: Advanc
         names, extra, fields, note = _with_images(source, kind, fields)
     meta = {names.of(name): source.meta(name) for name in source.where} | {n: t.to("meta") for n, t in extra.items()}
     ours = {names.of(name): name for name in source.where}
-    limit = max(sum(t.nbytes for t in file.meta.values()) for file in source.files)
     sizes = [[file.path.name, file.path.stat().st_size, file.path.stat().st_mtime_ns] for file in source.files]
     write_set(
         partial,
         meta,
         lambda name: source.read(ours[name]) if name in ours else extra[name],
-        limit=max(limit, sum(t.nbytes for t in extra.values())),
+        limit=shard_limit(source.files, meta),
         identity={"source": sizes, "to": to, "names": sorted(meta)[:1], "dtype": dtype},
         advance=advance,
     )
@@ -152,8 +152,8 @@ def _write_transformers(source: _Source, partial: Path, to: str, advance: Advanc
 
 
 def _check_original(config: DecoderConfig, to: str) -> None:
-    wanted = {"qk_norm": "rms" if to == "emu3.5" else "none", "qkv_bias": False, "norm_placement": "pre"}
-    wanted |= {"sliding_window": 0}
+    norm = "rms" if to == "emu3.5" else "none"
+    wanted: dict[str, Any] = {"qk_norm": norm, "qkv_bias": False, "norm_placement": "pre", "sliding_window": 0}
     for name, value in wanted.items():
         if (found := getattr(config, name)) != value:
             raise PlaitError(f"--to: {to} has {name} {value!r}, this decoder {found!r}; use --to hf")

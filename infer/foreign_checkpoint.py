@@ -19,7 +19,8 @@ from plait.infer.bundle import build_decoder
 from plait.infer.shards import LazyFile, check_finite, file_hash
 from plait.model.checkpoints import EMBEDDING, HEAD, find_names, is_surplus, join_meta, meta_name
 from plait.model.config import DecoderConfig
-from plait.model.foreign_config import from_params, from_transformers, is_token_id, params_of, text_config
+from plait.model.foreign_config import from_transformers, is_token_id, text_config
+from plait.model.meta_config import from_params, params_of
 from plait.tokenizers.base import read_json
 
 # --from → the family of its sequences and the model_types that such a checkpoint may have; a Meta layout has none.
@@ -99,7 +100,7 @@ def open_checkpoint(folder: Path, kind: str | None = None) -> Checkpoint:
     if kind is not None and kind not in KINDS:
         raise PlaitError(f"--from: is {kind!r}, known are {', '.join(KINDS)}")
     folder = _find_folder(folder)
-    if any(folder.glob("consolidated*.*")) and (folder / "params.json").is_file() and kind != "hf":
+    if not (folder / "config.json").is_file() and any(folder.glob("consolidated*.*")):
         return _open_meta(folder, kind)
     return _open_transformers(folder, kind)
 
@@ -293,7 +294,7 @@ def _check_shapes(opened: Checkpoint, decoder: Mapping[str, Tensor]) -> None:
         metas = [file.meta[theirs] for file, theirs in parts]
         try:
             joined = opened.join(name, metas)
-        except (RuntimeError, ZeroDivisionError):
+        except (RuntimeError, IndexError, ZeroDivisionError):
             joined = None
         if joined is None or joined.shape != decoder[name].shape or len({m.dtype for m in metas}) > 1:
             shapes = " and ".join(sorted({str(tuple(m.shape)) for m in metas}))

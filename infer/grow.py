@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from plait.errors import PlaitError
-from plait.infer.bundle import load_bundle, save_bundle
+from plait.infer.bundle import load_bundle, read_description, save_bundle
 from plait.infer.shards import LazyFile, shard_files
 from plait.model.grow import grow_decoder
 from plait.tokenizers.loading import find_weights, load_tokenizers
@@ -43,14 +43,15 @@ def grow_bundle(
         PlaitError: a modality is there already, is unknown or lacks its tokenizer, or a file is missing or broken.
     """
     folder = find_weights(bundle)
-    old = load_bundle(folder, dtype=stored_dtype(folder))
+    dtype = stored_dtype(folder)
+    old = load_bundle(folder, dtype=dtype)
     known = load_tokenizers(tokenizers) | old.tokenizers
     vocabulary = grow_vocabulary(old.vocabulary, known, modalities, layouts)
     decoder = grow_decoder(old.decoder, vocabulary.size, seed)
     with tokenizer_folder(vocabulary, [bundle, tokenizers]) as gathered:
         save_bundle(
             Path(out), decoder.config, decoder.state_dict(), vocabulary, gathered, old.generation, old.context,
-            stored_dtype(folder),
+            dtype,
         )  # fmt: skip
 
 
@@ -107,5 +108,12 @@ def tokenizer_folder(vocabulary: Vocabulary, sources: Iterable[str | Path]) -> I
 
 
 def stored_dtype(bundle: Path) -> torch.dtype:
-    """The dtype that a bundle's weights are stored in."""
+    """The dtype that a bundle's weights are stored in.
+
+    Raises:
+        PlaitError: they are quantized, and cannot be changed.
+    """
+    content, _, _ = read_description(bundle)
+    if content.get("quantization"):
+        raise PlaitError(f"{bundle}: the weights are quantized; start from the bundle that they were made from")
     return next(iter(LazyFile(shard_files(bundle)[0], 0).meta.values())).dtype

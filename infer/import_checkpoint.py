@@ -15,7 +15,7 @@ import torch
 from plait.errors import PlaitError
 from plait.infer.bundle import replace_folder, write_description
 from plait.infer.foreign_checkpoint import Checkpoint, find_checksums, identity_of, open_checkpoint, verify
-from plait.infer.shards import SHARD_BYTES, STATE, Advance, write_set
+from plait.infer.shards import STATE, Advance, shard_limit, write_set
 from plait.tokenizers.foreign import convert, known_layouts
 from plait.tokenizers.loading import load_tokenizer
 
@@ -72,9 +72,7 @@ def import_checkpoint(
     for summed in sums_of_source:
         verify(*summed, tell)
     partial = out.with_name(f".{out.name}.partial")
-    # Shards as large as the checkpoint's own, so that it is worth going on after an interruption.
-    widest = 1 if dtype is None else max(1, DTYPES[dtype].itemsize // min(t.itemsize for t in opened.meta().values()))
-    limit = min(SHARD_BYTES, widest * max(sum(t.nbytes for t in file.meta.values()) for file in opened.files))
+    limit = shard_limit(opened.files, meta)
     identity = {
         "source": identity_of(opened),
         "decoder": asdict(opened.config),

@@ -18,10 +18,11 @@ from plait.errors import PlaitError
 from plait.infer.bundle import Bundle, load_bundle
 from plait.infer.document import Document, read_parts
 from plait.infer.generate import Request, generate
-from plait.infer.prompting import PLAIN, Piece, Target, check_ids, crop_to, fill, scale_between
+from plait.infer.prompting import Piece, Prompter, check_ids
 from plait.infer.sampling import Sampling, restrict
+from plait.infer.target import PLAIN, Target
 from plait.tokenizers.grammar import Cursor, Grammar, Span
-from plait.tokenizers.grids import FixedGrid, GridForm
+from plait.tokenizers.grids import GridForm
 from plait.tokenizers.loading import find_weights
 from plait.tokenizers.media import Audio
 from plait.tokenizers.modalities import MODALITIES
@@ -101,6 +102,7 @@ class Model:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.grammar = Grammar(bundle.vocabulary)
+        self.prompter = Prompter(self.grammar, bundle.tokenizers)
         self.context = bundle.context
 
     @property
@@ -204,8 +206,8 @@ class Model:
             raise PlaitError(f"target: is a document of {len(targets)} parts; score one part")
         modality = targets[0][0]
         settings = self._target(modality, {})
-        prompt = self._prompt(settings.prompt, self._read(parts, settings))
-        ids = [*prompt, *self._encode([self._piece(*targets[0], None)])]
+        prompt = self.prompter.prompt(settings.prompt, self.prompter.read(parts, settings.pixels))
+        ids = [*prompt, *self.prompter.encode(self.prompter.read([target]))]
         form = self.grammar.form(modality)
         if form is self.grammar.text:
             ids.append(self.grammar.eos)
@@ -223,7 +225,7 @@ class Model:
         return _as_score(torch.stack(values))
 
     def _score_ids(self, parts: Sequence[Any], target: list[int]) -> Score:
-        prompt = self._prompt(PLAIN, self._read(parts, None)) if parts else []
+        prompt = self._ids(parts) if parts else []
         ids = [*prompt, *target]
         logits = self._logits(ids)[max(0, len(prompt) - 1) : -1]
         chosen = torch.tensor(ids[max(1, len(prompt)) :], device=logits.device)
@@ -245,8 +247,7 @@ class Model:
         Raises:
             PlaitError: the model has no such modality.
         """
-        self.grammar.form(modality)
-        return self.bundle.tokenizers[self.bundle.vocabulary.modalities[modality].tokenizer]
+        return self.prompter.tokenizer(modality)
 
     @property
     def _device(self) -> torch.device:
@@ -267,12 +268,12 @@ class Model:
                 raise PlaitError(f"{name}: {value!r} must be a whole number")
         if n < 1:
             raise PlaitError(f"n: {n} must be at least 1")
-        if not self.grammar.forms or to != "interleaved":
-            self.grammar.form(to)
+        for modality in (self.modalities or ["text"]) if to == "interleaved" else [to]:
+            self.prompter.check_target(modality)
         targets = {m: self._target(m, overrides) for m in self.grammar.forms}
         target = self._target(to, overrides)
-        read = self._read(parts, target)
-        prompt = self._prompt(target.prompt, read)
+        read = self.prompter.read(parts, target.pixels)
+        prompt = self.prompter.prompt(target.prompt, read)
         room = self.context - len(prompt)
         most = room if max_tokens is None else max_tokens
         begin, least = self._begin(to, target, room, most)
@@ -332,10 +333,10 @@ class Model:
         """The prompts beside the whole one that guidance needs."""
         if not read or to == "interleaved" or not target.sampling.guided:
             return None, None
-        unconditional = self._prompt(target.unconditional, read) + begin
+        unconditional = self.prompter.prompt(target.unconditional, read) + begin
         if target.image_only is None or all(piece.modality == "text" for piece in read):
             return unconditional, None
-        return unconditional, self._prompt(target.image_only, read) + begin
+        return unconditional, self.prompter.prompt(target.image_only, read) + begin
 
     def _cursor(self, ids: Sequence[int], room: int) -> Cursor:
         """A cursor that has taken ``ids``, a first ``<bos>`` aside; ``room`` tokens may follow.
@@ -352,46 +353,9 @@ class Model:
             cursor.push(token)
         return cursor
 
-    def _read(self, parts: Sequence[Any], target: Target | None) -> list[Piece]:
-        """Parts → texts, codes and bare ids."""
-        pieces = []
-        for number, part in enumerate(parts):
-            if isinstance(part, Tensor):
-                pieces.append(Piece(None, check_ids(part, self.bundle.vocabulary.size, f"parts[{number}]")))
-            else:
-                pieces += [self._piece(*read, target) for read in read_parts([part])]
-        return pieces
-
-    def _piece(self, modality: str, medium: Any, target: Target | None) -> Piece:
-        """A medium's codes; text stays text, as it may have to be joined with more."""
-        tokenizer, form = self.tokenizer(modality), self.grammar.form(modality)
-        if modality == "text":
-            return Piece(modality, medium)
-        if isinstance(medium, Image.Image) and isinstance(form, FixedGrid):
-            medium = crop_to(medium, *(n * tokenizer.factor for n in form.grid))
-        elif isinstance(medium, Image.Image) and target is not None and target.pixels is not None:
-            medium = scale_between(medium, *target.pixels, tokenizer.factor)
-        return Piece(modality, MODALITIES[modality].encode(tokenizer, medium).cpu())
-
-    def _prompt(self, template: str, pieces: Sequence[Piece]) -> list[int]:
-        """The ids of a prompt, at least one. Where bare ids are given they stand without a template."""
-        bare = any(piece.modality is None for piece in pieces)
-        ids = self._encode(fill("{prompt}" if bare else template, pieces, self.grammar))
-        return ids or [self.grammar.bos]
-
-    def _encode(self, pieces: Sequence[Piece]) -> list[int]:
-        ids: list[int] = []
-        for piece in pieces:
-            if piece.modality is None:
-                ids += piece.content
-                continue
-            codes = self.tokenizer("text").encode(piece.content) if piece.modality == "text" else piece.content
-            ids += self.grammar.write(Span(piece.modality, codes)).tolist()
-        return ids
-
     def _ids(self, parts: Sequence[Any]) -> list[int]:
         """``<bos>`` and the parts."""
-        return self._prompt(PLAIN, self._read(parts, None))
+        return self.prompter.prompt(PLAIN, self.prompter.read(parts))
 
     def _medium(self, span: Span) -> Any:
         return MODALITIES[span.modality].decode(self.tokenizer(span.modality), span.codes)

@@ -1,4 +1,4 @@
-"""How a model is prompted: the settings of a target modality in ``generation.json``, and prompts made from templates.
+"""From the parts that a user gives to the ids of a prompt, by way of a template.
 
 A template is text with places: ``{prompt}`` for all parts that the user gives, ``{media}`` for those that are not text,
 and special tokens by their names or parts, such as ``<bos>``. What stands in a user's text is never a special token.
@@ -7,73 +7,17 @@ and special tokens by their names or parts, such as ``<bos>``. What stands in a 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from plait.errors import PlaitError
-from plait.infer.sampling import Sampling
-from plait.tokenizers.grammar import Grammar
-from plait.tokenizers.vocabulary import BOS
-
-PLAIN = f"{BOS}{{prompt}}"
-
-
-@dataclass(frozen=True)
-class Target:
-    """How one target modality is prompted and drawn.
-
-    Attributes:
-        sampling: how tokens are drawn.
-        prompt: template of what comes before.
-        unconditional: the same without the condition, for guidance.
-        image_only: the same with the prompt's media alone, for guidance that gives them a scale of their own.
-        grid: sizes of the axes of what is generated; without them the model chooses.
-        pixels: the least and the most pixels that an image of the prompt is scaled to; without them it stays as it is.
-    """
-
-    sampling: Sampling
-    prompt: str = PLAIN
-    unconditional: str = BOS
-    image_only: str | None = None
-    grid: tuple[int, ...] | None = None
-    pixels: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("prompt", "unconditional", "image_only"):
-            template = getattr(self, name)
-            if not isinstance(template, str) and (name != "image_only" or template is not None):
-                raise PlaitError(f"{name}: {template!r} must be text")
-        if self.grid is not None and (not self.grid or any(type(n) is not int or n < 1 for n in self.grid)):
-            raise PlaitError(f"grid: {list(self.grid)} must be whole numbers of at least 1")
-        if self.pixels is not None and (
-            len(self.pixels) != 2
-            or any(type(n) is not int for n in self.pixels)
-            or not 0 < self.pixels[0] <= self.pixels[1]
-        ):
-            raise PlaitError(f"pixels: {list(self.pixels)} must be two whole numbers, the least and the most")
-
-    @classmethod
-    def of(cls, settings: dict[str, Any], **overrides: Any) -> Self:
-        """From a bundle's settings, with those overrides of the sampling that are not None.
-
-        Raises:
-            PlaitError: an unknown setting, or a value of the wrong kind or out of range.
-        """
-        own = [f.name for f in fields(cls) if f.name != "sampling"]
-        drawing = [f.name for f in fields(Sampling)]
-        if unknown := {*settings} - {*own, *drawing} | {*overrides} - set(drawing):
-            raise PlaitError(f"unknown setting {min(unknown)!r}; the settings are {', '.join([*drawing, *own])}")
-        sampling = Sampling.of({k: v for k, v in settings.items() if k in drawing}, **overrides)
-        given = {k: v for k, v in settings.items() if k in own}
-        for name in ("grid", "pixels"):
-            if given.get(name) is not None:
-                if not isinstance(given[name], list):
-                    raise PlaitError(f"{name}: {given[name]!r} must be a list of whole numbers")
-                given[name] = tuple(given[name])
-        return cls(sampling, **given)
+from plait.infer.document import read_parts
+from plait.tokenizers.grammar import Grammar, Span
+from plait.tokenizers.grids import FixedGrid
+from plait.tokenizers.modalities import MODALITIES
 
 
 @dataclass
@@ -82,6 +26,87 @@ class Piece:
 
     modality: str | None
     content: Any
+
+
+class Prompter:
+    """Reads parts and makes prompts of them.
+
+    Args:
+        grammar: of the model.
+        tokenizers: by folder name.
+    """
+
+    def __init__(self, grammar: Grammar, tokenizers: dict[str, Any]) -> None:
+        self.grammar, self.tokenizers = grammar, tokenizers
+
+    def tokenizer(self, modality: str) -> Any:
+        """A modality's tokenizer.
+
+        Raises:
+            PlaitError: the model has no such modality.
+        """
+        self.grammar.form(modality)
+        return self.tokenizers[self.grammar.vocabulary.modalities[modality].tokenizer]
+
+    def check_target(self, modality: str) -> None:
+        """Refuse what could be generated and not decoded, before time is spent on it.
+
+        Raises:
+            PlaitError: the model has no such modality, or its tokenizer only encodes.
+        """
+        config = getattr(self.tokenizer(modality), "config", None)
+        if getattr(config, "decoder", True) is False:
+            raise PlaitError(
+                f"{modality}: the bundle's tokenizer has no decoder, nothing can be made of its codes; "
+                "import the model again with one that has, such as the original release's vqgan.ckpt: --visual FILE"
+            )
+
+    def read(self, parts: Sequence[Any], pixels: tuple[int, int] | None = None) -> list[Piece]:
+        """Parts → texts, codes and bare ids.
+
+        Args:
+            parts: as `plait.infer.pipeline.Model.generate` takes them, and bare ids.
+            pixels: the least and the most that an image has; it is scaled to lie between.
+
+        Raises:
+            PlaitError: a part cannot be read, or the model lacks its modality.
+        """
+        pieces = []
+        for number, part in enumerate(parts):
+            if isinstance(part, Tensor):
+                ids = check_ids(part, self.grammar.vocabulary.size, f"parts[{number}]")
+                pieces.append(Piece(None, ids))
+            else:
+                pieces += [self._piece(*read, pixels) for read in read_parts([part])]
+        return pieces
+
+    def _piece(self, modality: str, medium: Any, pixels: tuple[int, int] | None) -> Piece:
+        """A medium's codes; text stays text, as it may have to be joined with more."""
+        tokenizer, form = self.tokenizer(modality), self.grammar.form(modality)
+        if modality == "text":
+            return Piece(modality, medium)
+        if isinstance(medium, Image.Image) and isinstance(form, FixedGrid):
+            medium = crop_to(medium, *(n * tokenizer.factor for n in form.grid))
+        elif isinstance(medium, Image.Image) and pixels is not None:
+            medium = scale_between(medium, *pixels, tokenizer.factor)
+        return Piece(modality, MODALITIES[modality].encode(tokenizer, medium).cpu())
+
+    def prompt(self, template: str, pieces: Sequence[Piece]) -> list[int]:
+        """The ids of a prompt, at least one. Where bare ids are given they stand without a template."""
+        bare = any(piece.modality is None for piece in pieces)
+        ids = self.encode(fill("{prompt}" if bare else template, pieces, self.grammar))
+        return ids or [self.grammar.bos]
+
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        """Pieces → ids."""
+        ids: list[int] = []
+        for piece in pieces:
+            if piece.modality is None:
+                ids += piece.content
+                continue
+            codes = self.tokenizer("text").encode(piece.content) if piece.modality == "text" else piece.content
+            ids += self.grammar.write(Span(piece.modality, codes)).tolist()
+        return ids
 
 
 def fill(template: str, pieces: Sequence[Piece], grammar: Grammar) -> list[Piece]:

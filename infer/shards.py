@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,6 +65,16 @@ class LazyFile:
         self._tensors, self._used = None, 0
 
 
+def shard_limit(files: Sequence[LazyFile], tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a shard that is to be written: those of the largest file read, more if what is written is wider.
+
+    So there is something to go on with after an interruption, and one file stays one.
+    """
+    sizes = [sum(t.nbytes for t in file.meta.values()) for file in files]
+    total = max(sum(sizes), sum(t.nbytes for t in tensors.values()))
+    return min(SHARD_BYTES, -(-max(sizes) * total // max(1, sum(sizes))))
+
+
 def shard_files(folder: Path, stem: str = "model") -> list[Path]:
     """The files of a set that `write_set` wrote, which need not exist.
 
@@ -106,7 +116,7 @@ def write_set(
     tensors: Mapping[str, Tensor],
     produce: Callable[[str], Tensor],
     stem: str = "model",
-    limit: int = SHARD_BYTES,
+    limit: int | None = None,
     identity: Any = None,
     advance: Advance = lambda done, total: None,
 ) -> dict[str, str]:
@@ -117,7 +127,7 @@ def write_set(
         tensors: name → shape and dtype; may be on the meta device.
         produce: makes a tensor when it is its turn.
         stem: of the file names.
-        limit: bytes of a shard at most; a single tensor may be larger.
+        limit: bytes of a shard at most, `SHARD_BYTES` by default; a single tensor may be larger.
         identity: what the tensors are made of, as JSON. With one the folder is this function's own: undamaged shards
             that an interrupted call with the same one has finished are kept, whatever else is there is deleted, and
             `STATE` stays, for the caller to delete.
@@ -129,7 +139,7 @@ def write_set(
     Raises:
         PlaitError: the folder cannot be made or is full.
     """
-    plan = _plan(tensors, limit)
+    plan = _plan(tensors, limit or SHARD_BYTES)
     total, done = sum(t.nbytes for t in tensors.values()), 0
     names = [f"{stem}-{i + 1:05}-of-{len(plan):05}.safetensors" for i in range(len(plan))]
     if len(plan) == 1:
@@ -165,6 +175,8 @@ def _finished(folder: Path, identity: Any) -> dict[str, str]:
     with suppress(PlaitError):
         state = read_json(folder / STATE)
         if state.get("identity") == identity and isinstance(state.get("shards"), dict):
+            for begun in folder.glob(".*.tmp"):
+                begun.unlink(missing_ok=True)
             return dict(state["shards"])
     shutil.rmtree(folder, ignore_errors=True)
     return {}

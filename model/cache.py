@@ -38,6 +38,10 @@ class Cached:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int, dropout: float) -> Tensor:
         """As `Packing.attend`; the window is in the mask already."""
         k, v = self.cache.update(layer, k, v, self.slots, self.used)
+        if q.shape[1] == 1:
+            # Heads that share keys are the queries of one attention: on a CPU in half the time of enable_gqa.
+            grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask).reshape(q.shape)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k,

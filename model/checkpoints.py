@@ -79,16 +79,16 @@ def join_meta(name: str, parts: Sequence[Tensor], config: DecoderConfig) -> Tens
     """Our tensor from each shard's part of it, which may be on the meta device.
 
     Raises:
-        RuntimeError: the parts do not fit together.
+        RuntimeError, IndexError, ZeroDivisionError: the parts do not fit together.
     """
     kind = _kind(name)
     if kind in ("q_norm", "k_norm"):
         heads = config.heads if kind == "q_norm" else config.kv_heads
         # Of each shard one norm, which all its heads share; some files hold several.
-        rows = torch.cat([part.reshape(-1, config.head_size) for part in parts])
+        rows = _cat([part.reshape(-1, config.head_size) for part in parts], 0)
         return _to_halves(rows.unsqueeze(-1)).squeeze(-1).repeat_interleave(heads // len(rows), 0)
     if kind in ("q_proj", "k_proj"):
-        joined = torch.cat(list(parts))
+        joined = _cat(parts, 0)
         return _to_halves(joined.view(-1, config.head_size, joined.shape[-1])).view_as(joined)
     if kind in _ROWS:
         return _cat(parts, 0)
@@ -143,7 +143,16 @@ def _kind(name: str) -> str:
 
 
 def _cat(parts: Sequence[Tensor], axis: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
+    if len(parts) == 1:
+        return parts[0]
+    if not parts[0].is_meta:
+        return torch.cat(list(parts), axis)
+    # PyTorch's own, on the meta device, first imports 150 MB of modules.
+    if len({(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}) > 1:
+        raise RuntimeError("the parts have different shapes")
+    size = list(parts[0].shape)
+    size[axis] = sum(part.shape[axis] for part in parts)
+    return parts[0].new_empty(size)
 
 
 def _to_halves(x: Tensor) -> Tensor:

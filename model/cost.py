@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from plait.model.config import DecoderConfig
-from plait.model.loss import _chunk
+from plait.model.loss import chunk_positions
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def count_activations(
 
 def _loss_bytes(config: DecoderConfig, tokens: int, value_bytes: int, head_learns: bool) -> int:
     """What `plait.model.loss` holds at its height: some positions' logits, and the gradients of states and head."""
-    rows = min(tokens, _chunk(tokens, 4 * config.vocabulary_size))
+    rows = min(tokens, chunk_positions(tokens, 4 * config.vocabulary_size))
     # float32 is worked on in place; a smaller type needs a float32 copy and one back.
     each = 4 if value_bytes == 4 else 4 + 2 * value_bytes
     logits = rows * config.vocabulary_size * each

@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from plait.errors import PlaitError
 from plait.model.attention import Attention, Place
-from plait.model.cache import KVCache
+from plait.model.cache import Cached, KVCache
 from plait.model.config import DecoderConfig
 from plait.model.loss import Head, LossSums, Targets
 from plait.model.packing import find_documents
 from plait.model.rope import Rotary, Table
+from plait.model.step import Step
 
 
 class SwiGLU(nn.Module):
@@ -73,6 +74,7 @@ class Decoder(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         self.rotary = Rotary(config)
+        self._step: Step | None = None
         self.embed_tokens = nn.Embedding(config.vocabulary_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
@@ -106,11 +108,23 @@ class Decoder(nn.Module):
         out: Tensor | LossSums = self.lm_head(hidden) if targets is None else self.lm_head(hidden, targets, z_loss)
         return out
 
+    @torch.no_grad()
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: KVCache, last: Tensor) -> Tensor:
         """Feed tokens through the cache and return the logits after index ``last`` ``[B]`` of each row, ``[B, V]``."""
-        hidden = self._hidden(tokens, positions, cache)
-        chosen = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        hidden = self._hidden(tokens, positions, cache) if self.training else self._stepped(tokens, positions, cache)
+        at = torch.arange(len(hidden), device=hidden.device)
+        chosen = hidden[:, 0] if hidden.shape[1] == 1 else hidden[at, last]
         return self.lm_head(chosen).float()
+
+    def _stepped(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """As `_hidden`, in the fewest operations."""
+        if self._step is None or not self._step.is_current():
+            self._step = Step(self)
+        if self._step.has_hooks():
+            return self._hidden(tokens, positions, cache)
+        table, place = self._place(positions, cache)
+        with torch.inference_mode():
+            return self._step(tokens, table, place)
 
     def _hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
         place: Place
@@ -119,17 +133,20 @@ class Decoder(nn.Module):
             place = find_documents(positions, self.config.sliding_window, self._attention_dropout)
             if self.rotary.is_dynamic:
                 lengths = place.token_lengths(positions.shape)
+            table = self.rotary.table(positions, lengths)
         else:
-            place = cache.place(positions)
-            if self.rotary.is_dynamic:
-                lengths = (positions.amax(1, keepdim=True) + 1).expand_as(positions)
-        table = self.rotary.table(positions, lengths)
+            table, place = self._place(positions, cache)
         x = self.dropout(self.embed_tokens(tokens))
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.layers:
             x = checkpoint(block, x, table, place, use_reentrant=False) if recompute else block(x, table, place)
         normed: Tensor = self.norm(x)
         return normed
+
+    def _place(self, positions: Tensor, cache: KVCache) -> tuple[Table, Cached]:
+        place = cache.place(positions)
+        lengths = (positions.amax(1, keepdim=True) + 1).expand_as(positions) if self.rotary.is_dynamic else None
+        return self.rotary.table(positions, lengths), place
 
     @property
     def _attention_dropout(self) -> float:
@@ -138,8 +155,6 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def _initialize(self) -> None:
         """Normal with standard deviation 0.02; projections into the residual stream are scaled by depth (GPT-2)."""
-        if self.embed_tokens.weight.is_meta:  # nothing to fill, and PyTorch would load its compiler to do so
-            return
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 into_residual = name.endswith(("o_proj", "down_proj"))

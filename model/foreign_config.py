@@ -1,18 +1,15 @@
-"""Other projects' settings of a decoder ↔ `DecoderConfig`: transformers' config.json and Meta's params.json.
+"""transformers' config.json ↔ `DecoderConfig`.
 
 Every field is used, known to change nothing, or refused by name: a setting that is passed over is a model that is
 silently another one.
 """
 
-import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from plait.errors import PlaitError
-from plait.model.config import DecoderConfig, RopeScaling
-
-Fields = dict[str, Any]
+from plait.model.config import DecoderConfig
+from plait.model.foreign_rope import PARTIAL, Fields, older_rope, read_rope, write_rope
 
 # What config.json leaves out where it is the class's default; nested configurations do so in released files.
 _COMMON: Fields = {
@@ -57,7 +54,7 @@ _HARMLESS = {
 _WHY = {
     "quantization_config": "the weights are quantized, which is not read; import the unquantized release",
     "mlp_bias": "biases in the feed-forward layers are not supported",
-    "partial_rotary_factor": "rotating only a part of each head is not supported",
+    "partial_rotary_factor": PARTIAL,
 }
 
 
@@ -78,10 +75,10 @@ def from_transformers(content: Fields, tensors: Collection[str]) -> tuple[Decode
     """
     content = text_config(content)
     kind = content.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise PlaitError(f"config.json: model_type is {kind!r}, known are {', '.join(MODEL_TYPES)}")
     known = {**_COMMON, **_DEFAULTS[kind]}
-    _refuse_unknown(content, {*known, *_HARMLESS}, "config.json")
+    refuse_unknown(content, {*known, *_HARMLESS}, "config.json")
     # A null stands for the default of these.
     f = known | {k: v for k, v in content.items() if v is not None or known.get(k) is None}
     f["sliding_window"] = content.get("sliding_window", known["sliding_window"])
@@ -98,8 +95,8 @@ def from_transformers(content: Fields, tensors: Collection[str]) -> tuple[Decode
             raise PlaitError(f"config.json: {name} is {f[name]!r}, must be a whole number of at least 1")
     is_emu3 = kind in ("Emu3", "emu3_text_model")
     rms = kind == "qwen3" or (is_emu3 and any(name.endswith("self_attn.q_norm.weight") for name in tensors))
-    theta, scaling = _read_rope(f, content)
-    config = _build(
+    theta, scaling = read_rope(f, content)
+    config = build_config(
         "config.json",
         vocabulary_size=f["vocab_size"],
         width=f["hidden_size"],
@@ -128,7 +125,7 @@ def text_config(content: Fields) -> Fields:
     if content.get("model_type") != "emu3":
         return content
     outer = _HARMLESS | {"tie_word_embeddings"}
-    _refuse_unknown(content, outer, "config.json")
+    refuse_unknown(content, outer, "config.json")
     inner = content.get("text_config")
     if not isinstance(inner, dict):
         raise PlaitError("config.json: text_config is missing; copy the checkpoint again")
@@ -136,7 +133,12 @@ def text_config(content: Fields) -> Fields:
     return {"model_type": "emu3_text_model", **inner, **tied}
 
 
-def _refuse_unknown(content: Fields, known: Iterable[str], where: str) -> None:
+def refuse_unknown(content: Fields, known: Iterable[str], where: str) -> None:
+    """Refuse fields that are neither known nor off.
+
+    Raises:
+        PlaitError: names the first.
+    """
     known = set(known)
     for name, value in content.items():
         is_off = value is None or value is False or value in (0, "", [], {})
@@ -163,86 +165,6 @@ def _read_window(kind: str, f: Fields) -> int:
     if len(set(types)) > 1 or ("sliding_attention" in types and not window):
         raise PlaitError("config.json: layer_types mixes full and sliding attention, which is not supported")
     return int(window) if "sliding_attention" in types else 0
-
-
-# RoPE
-
-_ROPE_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate",
-        "mscale", "mscale_all_dim",
-    ),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-}  # fmt: skip
-
-
-def _read_rope(f: Fields, content: Fields) -> tuple[float, RopeScaling]:
-    """Base and scaling, from transformers 5's ``rope_parameters`` or the two fields of earlier versions."""
-    name = "rope_parameters" if content.get("rope_parameters") else "rope_scaling"
-    rope = content.get(name) or {}
-    if not isinstance(rope, dict):
-        raise PlaitError(f"config.json: {name} is {rope!r}, expected an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_FIELDS:
-        raise PlaitError(f"config.json: {name}.rope_type is {kind!r}, known are {', '.join(_ROPE_FIELDS)}")
-    partial = rope.get("partial_rotary_factor", f["partial_rotary_factor"])
-    if partial not in (None, 1):
-        raise PlaitError(f"config.json: partial_rotary_factor is {partial!r}; {_WHY['partial_rotary_factor']}")
-    read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_FIELDS[kind]}
-    for field, value in rope.items():
-        if field not in read and value is not None and (field, value) != ("factor", 1):
-            raise PlaitError(f"config.json: {name}.{field} is {value!r}; this field is not known with {kind!r}")
-    theta = rope.get("rope_theta") or f["rope_theta"]
-    if kind == "default":
-        return theta, RopeScaling()
-    context = f["max_position_embeddings"]
-    trained = content.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    trained = context if kind == "dynamic" else trained or context
-    factor = rope.get("factor") or (context / trained if kind == "yarn" else None)
-    optional = {k: rope[k] for k in ("low_freq_factor", "high_freq_factor", "truncate") if rope.get(k) is not None}
-    optional |= {k: rope[k] for k in ("beta_fast", "beta_slow") if rope.get(k)}
-    if kind == "yarn":
-        optional["attention_factor"] = _attention_factor(rope, factor)
-    given = {"factor": factor, "original_context": 0 if kind == "linear" else trained, **optional}
-    try:
-        return theta, RopeScaling(kind, **given)
-    except (PlaitError, TypeError) as error:
-        raise PlaitError(f"config.json: {name}: {error}") from None
-
-
-def _attention_factor(rope: Fields, factor: float) -> float:
-    """YaRN's factor on queries and keys; 0 where it follows from ``factor`` alone."""
-
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
-    return 0.0
-
-
-def _write_rope(config: DecoderConfig) -> Fields:
-    scaling, theta = config.rope_scaling, config.rope_theta
-    if scaling.kind == "ntk":  # a change of the base, and nothing else
-        theta *= scaling.factor ** (config.head_size / max(1, config.head_size - 2))
-    kind = "default" if scaling.kind in ("none", "ntk") else scaling.kind
-    rope: Fields = {"rope_type": kind, "rope_theta": theta}
-    if kind != "default":
-        rope["factor"] = scaling.factor
-    if kind in ("yarn", "llama3"):
-        rope["original_max_position_embeddings"] = scaling.original_context
-    if kind == "llama3":
-        rope |= {k: getattr(scaling, k) for k in ("low_freq_factor", "high_freq_factor")}
-    if kind == "yarn":
-        rope |= {k: getattr(scaling, k) for k in ("beta_fast", "beta_slow", "truncate")}
-        if scaling.attention_factor:
-            rope["attention_factor"] = scaling.attention_factor
-    return rope
 
 
 # Export to transformers
@@ -305,7 +227,7 @@ def to_transformers(kind: str, config: DecoderConfig, context: int, dtype: str, 
         kept: token ids, as the model was imported with them.
     """
     scaling = config.rope_scaling
-    rope = _write_rope(config)
+    rope = write_rope(config)
     fields: Fields = {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
@@ -328,7 +250,7 @@ def to_transformers(kind: str, config: DecoderConfig, context: int, dtype: str, 
         "pad_token_id": None,
     }
     if kind == "Emu3":
-        fields |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": _older_rope(rope)}
+        fields |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": older_rope(rope)}
     else:
         fields["rope_parameters"] = rope
     if kind == "chameleon":
@@ -347,107 +269,12 @@ def to_transformers(kind: str, config: DecoderConfig, context: int, dtype: str, 
     return fields
 
 
-def _older_rope(rope: Fields) -> Fields | None:
-    if rope["rope_type"] == "default":
-        return None
-    return {"type": rope["rope_type"], **rope}
-
-
-# Meta's params.json
-
-_PARAMS = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim_multiplier", "multiple_of", "norm_eps",
-    "rope_theta", "qk_normalization", "swin_norm", "use_scaled_rope", "model_parallel_size", "dropout",
-}  # fmt: skip
-# What Meta's files hold besides: how the model was trained and run.
-_PARAMS_HARMLESS = {"model", "max_batch_size", "max_seq_len", "attn_dropout", "consolidate", "dtype", "seed"}
-
-
-def params_of(content: Fields) -> Fields:
-    """The model's fields of a params.json: Chameleon's nests them."""
-    inner = content.get("model")
-    return {**content, **inner} if isinstance(inner, dict) else content
-
-
-def from_params(params: Fields, rows: int, ffn_width: int, chameleon: bool) -> tuple[DecoderConfig, int]:
-    """The decoder of Meta's params.json, and its context in tokens.
-
-    Args:
-        params: the model's fields.
-        rows: of the output layer, over all shards.
-        ffn_width: inner size of the feed-forward layers, over all shards.
-        chameleon: whether it is one, by its tensors.
+def build_config(where: str, **fields: Any) -> DecoderConfig:
+    """A configuration whose errors name the file.
 
     Raises:
-        PlaitError: a field is missing, unknown or has a value that no decoder here has.
+        PlaitError: a value that cannot be.
     """
-    inner = params.get("model", params)
-    _refuse_unknown(inner, _PARAMS | _PARAMS_HARMLESS, "params.json")
-    for name in ("dim", "n_layers", "n_heads"):
-        if type(params.get(name)) is not int or params[name] < 1:
-            raise PlaitError(f"params.json: {name} is {params.get(name)!r}, must be a whole number of at least 1")
-    stated = params.get("vocab_size", -1)
-    if stated not in (-1, rows):
-        raise PlaitError(f"params.json: vocab_size is {stated}, output.weight has {rows} rows")
-    if bool(params.get("qk_normalization", chameleon)) != chameleon:
-        raise PlaitError(
-            f"params.json: qk_normalization is {params['qk_normalization']!r}, the tensors say the opposite"
-        )
-    scaled = bool(params.get("use_scaled_rope"))
-    # Llama 3.1 states neither its scaling's numbers nor its context.
-    scaling = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0) if scaled else RopeScaling()
-    theta = params.get("rope_theta") or 10000.0
-    context = 131072 if scaled else params.get("max_seq_len") or (16384 if chameleon and theta > 10000 else 4096)
-    config = _build(
-        "params.json",
-        vocabulary_size=rows,
-        width=params["dim"],
-        layers=params["n_layers"],
-        heads=params["n_heads"],
-        kv_heads=params.get("n_kv_heads") or params["n_heads"],
-        ffn_width=ffn_width,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=params.get("norm_eps", 1e-5),
-        norm_placement="post" if params.get("swin_norm") else "pre",
-        qk_norm="layer" if chameleon else "none",
-        tie_embeddings=False,
-    )
-    return config, context
-
-
-def to_params(config: DecoderConfig, context: int) -> Fields:
-    """The fields of Meta's params.json.
-
-    Raises:
-        PlaitError: that format has no such decoder.
-    """
-    plain = replace(RopeScaling(), kind="none")
-    llama3 = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
-    if config.qk_norm == "rms" or config.qkv_bias or config.sliding_window:
-        raise PlaitError("export: Meta's layout has neither biases, nor sliding windows, nor RMSNorm on queries")
-    if config.head_size * config.heads != config.width or config.rope_scaling not in (plain, llama3):
-        raise PlaitError("export: Meta's layout has heads of width / heads only, and RoPE plain or as in Llama 3.1")
-    inner = int(8 * config.width / 3)
-    common = 256 * -(-inner // 256) == config.ffn_width
-    return {
-        "dim": config.width,
-        "n_layers": config.layers,
-        "n_heads": config.heads,
-        "n_kv_heads": config.kv_heads,
-        "vocab_size": config.vocabulary_size,
-        "multiple_of": 256 if common else config.ffn_width,
-        "ffn_dim_multiplier": None if common else config.ffn_width / inner,
-        "norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_seq_len": context,
-        **({"use_scaled_rope": True} if config.rope_scaling == llama3 else {}),
-        **({"qk_normalization": True} if config.qk_norm == "layer" else {}),
-        **({"swin_norm": True} if config.norm_placement == "post" else {}),
-    }
-
-
-def _build(where: str, **fields: Any) -> DecoderConfig:
     try:
         return DecoderConfig(**fields)
     except PlaitError as error:

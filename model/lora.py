@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from plait.errors import PlaitError
 from plait.model.decoder import Decoder
+from plait.model.quantize import QuantizedLinear, quantize_linear
 
 QUANTIZATIONS = ("", "int8", "int4")
 
@@ -57,23 +57,27 @@ class LoRALinear(nn.Module):
     B starts at zero, so that nothing changes before the first step.
 
     Args:
-        base: the layer, frozen from now on: an `nn.Linear`, or a quantized one.
+        base: the layer, frozen from now on.
         config: rank, alpha and dropout.
     """
 
-    def __init__(self, base: Any, config: LoRAConfig) -> None:
+    def __init__(self, base: nn.Linear | QuantizedLinear, config: LoRAConfig) -> None:
         super().__init__()
-        self.base: Any = base.requires_grad_(False)
+        self.base = base.requires_grad_(False)
         self.scale = config.alpha / config.rank
         self.dropout = nn.Dropout(config.dropout)
-        device = next(iter(base.state_dict().values())).device
+        device = base.weight.device
         self.lora_a = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
-        out = self.base(x)
+        if isinstance(self.base, QuantizedLinear) and not (torch.is_grad_enabled() and x.requires_grad):
+            # Its kernels round the activations, and an adapter must do the same in use as in training.
+            out = F.linear(x, self.base.dequantize(x.dtype), self.base.bias)
+        else:
+            out = self.base(x)
         learnt = F.linear(F.linear(self.dropout(x).to(self.lora_a.dtype), self.lora_a), self.lora_b)
         return out + (self.scale * learnt).to(out.dtype)
 
@@ -104,8 +108,6 @@ def add_lora(decoder: Decoder, config: LoRAConfig) -> list[str]:
     decoder.requires_grad_(False)
     linears = {n: m for n, m in decoder.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)}
     chosen = matching(linears, config.targets, "lora.targets")
-    if config.quantize:
-        from plait.model.quantize import quantize_linear
     for name in chosen:
         base = quantize_linear(linears[name], config.quantize) if config.quantize else linears[name]
         decoder.set_submodule(name, LoRALinear(base, config))

@@ -125,7 +125,7 @@ def linear_cross_entropy(
     to_weight = torch.zeros_like(weight if weight_gradient else weight[:0], dtype=exact)
     matrix = weight.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        parts = chosen.split(_chunk(len(chosen), len(weight) * exact.itemsize))
+        parts = chosen.split(chunk_positions(len(chosen), len(weight) * exact.itemsize))
         buffer = hidden.new_empty(len(parts[0]), len(weight))
         for part in parts:
             states, share = hidden[part], weights[part].to(exact)
@@ -140,7 +140,7 @@ def linear_cross_entropy(
     return weighted.sum(), entropy, to_hidden, to_weight.to(weight.dtype)
 
 
-def _chunk(positions: int, row_bytes: int) -> int:
+def chunk_positions(positions: int, row_bytes: int) -> int:
     """How many positions' logits exist at the same time.
 
     A sixteenth of all, where that is enough for fast matrix products (each one reads and writes the whole gradient of

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.errors import PlaitError
-from plait.model.loss import Head, LossSums, Targets
+from plait.model.loss import Head, Targets
 
 GROUP_SIZES = (32, 64, 128, 256)
 INT8_ROWS = 64  # from more tokens on, multiplying floats is faster than the int8 kernel
@@ -180,7 +180,7 @@ class QuantizedHead(QuantizedLinear):
         """As `Head.matrix`."""
         return self.dequantize()
 
-    def forward(self, x: Tensor, targets: Targets | None = None, z_loss: float = 0.0) -> Tensor | LossSums:
+    def forward(self, x: Tensor, targets: Targets | None = None, z_loss: float = 0.0) -> Any:
         """As `Head.forward`."""
         if targets is None:
             return super().forward(x)

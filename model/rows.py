@@ -14,16 +14,17 @@ from plait.model.decoder import Decoder
 from plait.model.loss import Head
 
 
-class RowsEmbedding(nn.Module):
+class RowsEmbedding(nn.Embedding):
     """An embedding of which some rows train.
 
     Args:
-        weight: the whole matrix ``[V, width]``, frozen from now on.
+        weight: the whole matrix ``[V, width]``, a parameter, frozen from now on.
         ids: int64 ``[n]``, the rows that train, each once.
     """
 
-    def __init__(self, weight: nn.Parameter, ids: Tensor) -> None:
-        super().__init__()
+    def __init__(self, weight: Tensor, ids: Tensor) -> None:
+        with torch.device("meta"):
+            super().__init__(*weight.shape)
         self.weight = weight.requires_grad_(False)
         self.rows = nn.Parameter(weight.detach()[ids].clone())
         self.ids: Tensor
@@ -44,12 +45,12 @@ class RowsHead(Head):
     """A head of which some rows train.
 
     Args:
-        weight: the whole matrix ``[V, width]``, frozen from now on.
+        weight: the whole matrix ``[V, width]``, a parameter, frozen from now on.
         ids: int64 ``[n]``, the rows that train, each once.
         rows: the rows themselves, where the embedding is the same matrix.
     """
 
-    def __init__(self, weight: nn.Parameter, ids: Tensor, rows: nn.Parameter | None = None) -> None:
+    def __init__(self, weight: Tensor, ids: Tensor, rows: nn.Parameter | None = None) -> None:
         with torch.device("meta"):
             super().__init__(weight.shape[1], weight.shape[0])
         self.weight = weight.requires_grad_(False)
@@ -72,11 +73,12 @@ def split_rows(decoder: Decoder, ids: Sequence[int] | Tensor, embedding: bool = 
         head: of the head; a tied head shares its rows with the embedding.
     """
     chosen = torch.as_tensor(ids, dtype=torch.int64).to(decoder.lm_head.weight.device)
-    tied = decoder.config.tie_embeddings
-    if embedding or tied:
-        decoder.embed_tokens = RowsEmbedding(decoder.embed_tokens.weight, chosen)
-    if head or tied:
-        decoder.lm_head = RowsHead(decoder.lm_head.weight, chosen, decoder.embed_tokens.rows if tied else None)
+    shared = None
+    if embedding or decoder.config.tie_embeddings:
+        decoder.embed_tokens = split = RowsEmbedding(decoder.embed_tokens.weight, chosen)
+        shared = split.rows if decoder.config.tie_embeddings else None
+    if head or decoder.config.tie_embeddings:
+        decoder.lm_head = RowsHead(decoder.lm_head.weight, chosen, shared)
 
 
 def row_ids(decoder: Decoder) -> dict[str, Tensor]:

@@ -134,13 +134,12 @@ class _Files:
         flat = [i for value in named for i in (value if isinstance(value, list) else [value])]
         return [i for i in dict.fromkeys(flat) if type(i) is int]
 
-    def number(self, key: str) -> float | None:
-        """The first number of this name in any file, or in the settings of an image processor within."""
+    def number(self, key: str) -> int | None:
+        """The first whole number of this name in any file, or in the settings of an image processor or tokenizer within."""
         for content in (*self.settings, *self.configs):
-            inner = content.get("image_processor")
-            for place in (content, inner if isinstance(inner, dict) else {}):
-                value = place.get(key)
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
+            inner = (content.get(k) for k in ("image_processor", "vq_config"))
+            for place in (content, *(d for d in inner if isinstance(d, dict))):
+                if type(value := place.get(key)) is int and value > 0:
                     return value
         return None
 
@@ -260,10 +259,9 @@ def _bare_ids(size: int, files: _Files) -> Vocabulary:
 
 def _fixed_grid(files: _Files, visual: Any) -> tuple[int, int]:
     """Rows and columns of all of Chameleon's images: 512 pixels a side unless its files say otherwise."""
-    vq: dict[str, Any] = next((c["vq_config"] for c in files.configs if isinstance(c.get("vq_config"), dict)), {})
-    side = int(vq.get("resolution") or 512) // visual.factor
-    if (length := files.number("image_seq_length")) and math.isqrt(int(length)) ** 2 == length:
-        side = math.isqrt(int(length))
+    side = max(1, (files.number("resolution") or 512) // visual.factor)
+    if (length := files.number("image_seq_length")) and math.isqrt(length) ** 2 == length:
+        side = math.isqrt(length)
     return side, side
 
 
@@ -279,7 +277,8 @@ def _generation(
         settings = emu3_5_prompts(vocabulary.has_special("<|extra_100|>"))
     else:
         factor = visual.factor if visual is not None else 8
-        area = files.number("image_area") or (518_400 if context < 131_072 else 262_144)
+        # Emu3-Gen draws 720 × 720 pixels, Emu3-Chat, which reads longer sequences, 512 × 512.
+        area = files.number("image_area") or (262_144 if 131_072 <= context < math.inf else 518_400)
         side = max(1, round(math.sqrt(area) / factor))
         pixels = [files.number("min_pixels"), files.number("max_pixels")]
 
@@ -287,7 +286,7 @@ def _generation(
             return rows * (rows + 1) + 64 <= context
 
         known = None not in pixels and fits(round(math.sqrt(pixels[1] or 0) / factor))
-        settings = emu3_prompts([side, side] if fits(side) else None, [int(p or 0) for p in pixels] if known else None)
+        settings = emu3_prompts([side, side] if fits(side) else None, [p or 0 for p in pixels] if known else None)
     return {to: setting for to, setting in settings.items() if to in (*vocabulary.modalities, "interleaved")}
 
 

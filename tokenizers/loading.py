@@ -12,8 +12,6 @@ from plait.tokenizers.vocabulary import Vocabulary
 # What config.json calls a tokenizer, "kind" or "kind/architecture", and its class.
 _CLASSES = {
     "text": "plait.tokenizers.text:TextTokenizer",
-    "text/hf": "plait.tokenizers.text_foreign:HFText",
-    "text/sentencepiece": "plait.tokenizers.text_foreign:SentencePieceText",
     "visual/plait": "plait.tokenizers.visual:VisualTokenizer",
     "visual/emu3": "plait.tokenizers.emu3:Emu3Tokenizer",
     "visual/vqgan": "plait.tokenizers.vqgan:VQGANTokenizer",
@@ -23,6 +21,8 @@ _CLASSES = {
     "audio/snac": "plait.tokenizers.snac:SNACTokenizer",
     "audio/encodec": "plait.tokenizers.encodec:EnCodecTokenizer",
     "audio/mimi": "plait.tokenizers.mimi:MimiTokenizer",
+    "text/hf": "plait.tokenizers.text_foreign:HFText",
+    "text/sentencepiece": "plait.tokenizers.text_foreign:SentencePieceText",
 }
 
 

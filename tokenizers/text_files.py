@@ -81,6 +81,8 @@ def find_text(place: Path, family: str, size: int, visual: Any | None) -> TextFi
         return _from_definition(place, model)
     except PlaitError as error:
         raise PlaitError(f"{place}: {error}; copy it again") from None
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        raise PlaitError(f"{place}: is not a tokenizer after all ({error!r}); copy it again") from None
 
 
 def _from_definition(path: Path, model: bytes) -> TextFile:

@@ -159,6 +159,7 @@ class HFText(ForeignText):
         added = [token for token in definition.get("added_tokens") or () if token["id"] in self._ids]
         off = dict.fromkeys(("post_processor", "truncation", "padding"))
         self._tokenizer = open_definition({**definition, **off, "added_tokens": added})
+        self._words = self._ids | {self._tokenizer.token_to_id(str(definition["model"].get("unk_token")))}
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -168,7 +169,9 @@ class HFText(ForeignText):
             found = self._tokenizer.encode(text, add_special_tokens=False)
             spans = zip(found.ids, found.offsets, strict=True)
             # Some kinds of model know special tokens as whole words. Cut in two it is no longer one.
-            cut = next((start + 1 for token, (start, end) in spans if token not in self._ids and end > start + 1), None)
+            cut = next(
+                (start + 1 for token, (start, end) in spans if token not in self._words and end > start + 1), None
+            )
             if cut is None:
                 ids += [token for token in found.ids if token in self._ids]
             else:
@@ -304,13 +307,16 @@ def _last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | N
     """The two parts that joins of lower rank make of a token; None if they make more, or the token is one already."""
     limit = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
+    joined = [ranks.get(a + b, limit) for a, b in pairwise(parts)]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, limit) for a, b in pairwise(parts)]
         lowest = min(joined)
         if lowest >= limit:
             return None
         at = joined.index(lowest)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del joined[at]
+        for i in range(max(0, at - 1), min(at + 1, len(joined))):
+            joined[i] = ranks.get(parts[i] + parts[i + 1], limit)
     return parts[0], parts[1]
 
 

@@ -68,6 +68,7 @@ def build_decoder(recipe: DecoderRecipe, vocabulary: Vocabulary) -> Decoder:
         folder = find_weights(recipe.init)
         _, config, _ = read_description(folder)
         check_model(recipe.model, config, folder)
+        stored_dtype(folder)  # refuses quantized weights
         origin = load_decoder(folder, config, "cpu", getattr(torch, recipe.parallel.dtype))
         decoder = grow_decoder(origin, vocabulary.size, recipe.seed).requires_grad_(True).train()
         freeze(decoder, recipe, vocabulary, config.vocabulary_size)

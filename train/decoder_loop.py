@@ -35,16 +35,17 @@ def train_decoder(recipe: DecoderRecipe) -> Path:
         the bundle's folder.
 
     Raises:
-        PlaitError: shards or tokenizers are missing or do not belong together, or the batch cannot be divided.
+        PlaitError: shards or tokenizers are missing or do not belong together, the batch cannot be divided, or what is
+            to be adapted is not there or does not fit.
     """
     out = Path(recipe.out)
     vocabulary = build_vocabulary(recipe)
     divide_batch(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     if (out / "checkpoints" / "latest").is_file():
         check_resumable(recipe, out)
-    rank, world_size = start_distributed()
     torch.manual_seed(recipe.seed)
     module = build_decoder(recipe, vocabulary)
+    rank, world_size = start_distributed()
     engine = Engine(module, build_optimizer(module, recipe.optimizer), recipe, world_size)
     loader = open_loader(
         recipe.shards, SequenceEncoder(Grammar(vocabulary), recipe.sequence, recipe.seed), kind="tokens", scratch=out,

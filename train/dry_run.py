@@ -7,8 +7,6 @@ need neither memory nor time; shards, tokenizers and the bundle to start from ar
 import dataclasses
 from typing import Any
 
-import torch
-
 from plait.errors import PlaitError
 from plait.infer.bundle import read_description
 from plait.model.config import DecoderConfig
@@ -22,6 +20,7 @@ from plait.model.cost import (
     training_flops,
 )
 from plait.model.decoder import Decoder
+from plait.model.hollow import hollow
 from plait.model.lora import LoRALinear
 from plait.tokenizers.loading import find_weights
 from plait.tokenizers.vocabulary import Vocabulary
@@ -128,7 +127,7 @@ def _measure(
     elif vocabulary and NEW in recipe.rows and vocabulary.size == old_size:
         notes.append("how many rows are new is not known, none are counted")
         plan = dataclasses.replace(plan, rows=[name for name in recipe.rows if name != NEW])
-    with torch.device("meta"):
+    with hollow():
         decoder = Decoder(config)
         if recipe.init:
             if not (plan.train or plan.rows or plan.lora.rank) and recipe.rows:
@@ -211,7 +210,7 @@ def _gib(number: float) -> str:
 
 def _short(number: float) -> str:
     """As in "8.49 G"; the unit follows."""
-    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:.3g} {unit}"
     return f"{number:.3g} "

@@ -86,7 +86,7 @@ class Engine:
         self._norm = 0.0
         self._all_train = all(parameter.requires_grad for parameter in module.parameters())
         if not self._all_train:
-            module.register_state_dict_post_hook(_drop_frozen)  # DeepSpeed leaves a tied head in
+            module.register_state_dict_post_hook(_drop_frozen)  # DeepSpeed leaves buffers and a tied head in
         self.device: torch.device = self._engine.device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +143,7 @@ class Engine:
             raise PlaitError(f"{folder / tag}: checkpoint is incomplete; {_OTHER_CHECKPOINT}")
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters that train, on the CPU, in float32 and from its masters if there are any; a collective call."""
+        """The parameters that train, on the CPU, in float32, from masters if there are any; a collective call."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         full: dict[str, Tensor] = {}
@@ -162,7 +162,7 @@ class Engine:
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    """Take what does not train out of a state dict, under all its names."""
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            state.pop(prefix + name, None)
+    """Take what does not train out of a state dict: frozen parameters under all their names, quantized weights."""
+    trained = {f"{prefix}{name}" for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for name in set(state) - trained:
+        del state[name]

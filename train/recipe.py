@@ -296,8 +296,8 @@ class DecoderRecipe:
     """Train a decoder on token shards, ending in a bundle.
 
     With ``init`` it adapts a trained one. Then ``train``, ``rows`` and ``lora`` say what learns, and all else is
-    frozen; with none of them everything learns. Anole trains the head's rows of the image codes (``train: [lm_head.weight]``,
-    ``rows: [visual.0]``), TEAL the new rows of embedding and head (``rows: [new]``).
+    frozen; with none of them everything learns. Anole trains the head's rows of the image codes
+    (``train: [lm_head.weight]``, ``rows: [visual.0]``), TEAL the new rows of embedding and head (``rows: [new]``).
 
     Attributes:
         shards: folders of token shards.

@@ -95,7 +95,7 @@ def encode(weighted: list[tuple[Span, float]], grammar: Grammar) -> Sequence:
         weights.append(choices * weight)
         groups.append(torch.full((len(choices),), modalities.index(span.modality)))
     weights.append(torch.tensor([weighted[-1][1]]))
-    groups.append(groups[-1][-1:])
+    groups.append(torch.cat(groups)[-1:])
     ids = grammar.document([span for span, _ in weighted])
     return Sequence(ids, torch.cat(weights).float(), torch.cat(groups))
 

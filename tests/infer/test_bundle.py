@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from plait.errors import PlaitError
 from plait.infer.bundle import load_bundle, save_bundle
+from plait.infer.export_checkpoint import export_checkpoint
 from plait.model.config import DecoderConfig
 from plait.model.decoder import Decoder
+from plait.model.quantize import Quantization
 from plait.tokenizers.text import TextTokenizer
 from plait.tokenizers.vocabulary import Vocabulary
 
@@ -197,3 +199,68 @@ def test_an_absurd_width_takes_no_memory(bundle: Path) -> None:
     edit(bundle / "config.json", lambda c: c["decoder"].update(width=1 << 20, ffn_width=64))
     with pytest.raises(PlaitError, match=r"tensor '\S+' has shape \(.*\), config\.json says \(.*1048576"):
         load_bundle(bundle)  # a width of 2²⁰ is terabytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@torch.no_grad()
+def test_quantized_weights_are_stored_as_they_are(
+    tmp_path: Path, tokenizers: Path, vocabulary: Vocabulary, name: str, tied: bool
+) -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(vocabulary_size=vocabulary.size, width=64, layers=1, tie_embeddings=tied)
+    weights = Decoder(config).state_dict()
+    plain, quantized = tmp_path / "plain", tmp_path / "quantized"
+    save_bundle(plain, config, weights, vocabulary, tokenizers, {}, 99, torch.float32)
+    made = load_bundle(plain, quantize=name).decoder
+    settings = Quantization.named(name)
+    save_bundle(quantized, config, made.state_dict(), vocabulary, tokenizers, {}, 99, torch.float32, settings)
+    loaded = load_bundle(quantized).decoder
+    assert loaded.state_dict().keys() == made.state_dict().keys()
+    for key, tensor in made.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+        assert loaded.state_dict()[key].dtype == tensor.dtype, key
+    tokens = torch.randint(vocabulary.size, (1, 9))
+    assert torch.equal(loaded(tokens, torch.arange(9)[None]), made(tokens, torch.arange(9)[None]))
+    with pytest.raises(PlaitError, match="are stored in"):
+        load_bundle(quantized, quantize="int8")
+    with pytest.raises(PlaitError, match="the weights are quantized"):
+        export_checkpoint(quantized, tmp_path / "out")
+    edit(quantized / "config.json", lambda c: c["quantization"].update(bits=3))
+    with pytest.raises(PlaitError, match="bits is 3"):
+        load_bundle(quantized)
+
+
+def test_a_sharded_bundle(
+    tmp_path: Path, tokenizers: Path, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plait.infer.shards.SHARD_BYTES", 50_000)
+    config = DecoderConfig(vocabulary_size=vocabulary.size, width=32, layers=2)
+    decoder, folder = Decoder(config), tmp_path / "bundle"
+    save_bundle(folder, config, decoder.state_dict(), vocabulary, tokenizers, {}, 99, torch.float32)
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2
+    assert not (folder / "model.safetensors").exists()
+    for name, tensor in load_bundle(folder).decoder.state_dict().items():
+        assert torch.equal(tensor, decoder.state_dict()[name]), name
+    index = folder / "model.safetensors.index.json"
+    whole = index.read_text()
+    edit(index, lambda c: c["weight_map"].update(spare="../other.safetensors"))
+    with pytest.raises(PlaitError, match=r"names '\.\./other\.safetensors'"):
+        load_bundle(folder)
+    index.write_text(whole)
+    shards[1].unlink()
+    with pytest.raises(PlaitError, match=f"names '{shards[1].name}', which is not in its folder"):
+        load_bundle(folder)
+
+
+def test_unknown_rope_settings_are_named(bundle: Path) -> None:
+    edit(bundle / "config.json", lambda c: c["decoder"]["rope_scaling"].update(speed=3))
+    with pytest.raises(PlaitError, match="unknown field 'speed'"):
+        load_bundle(bundle)
+
+
+def test_more_layers_than_there_are(bundle: Path) -> None:
+    edit(bundle / "config.json", lambda c: c["decoder"].update(layers=10**9))
+    with pytest.raises(PlaitError, match="says 1000000000 layers, the tensors are those of 2"):
+        load_bundle(bundle)

@@ -1,13 +1,13 @@
 """What was imported goes back as it was, bit for bit; what was trained here loads elsewhere with the same logits."""
 
 import json
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import foreign_checkpoints as foreign
 import pytest
 import torch
+from foreign_models import chameleon_tokenizer, emu3_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,8 +20,7 @@ from plait.model.decoder import Decoder
 from plait.model.foreign_config import from_transformers
 from plait.tokenizers.loading import find_weights
 from plait.tokenizers.vocabulary import Block, Vocabulary
-
-foreign = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("foreign.py"))))
+from plait.tokenizers.vqgan import VQGANConfig, VQGANTokenizer
 
 
 def load(folder: Path) -> Any:
@@ -252,3 +251,84 @@ def test_damaged_bundles_are_named(tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(PlaitError, match=r"tensor 'norm.weight' is missing"):
         export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+
+
+def whole(kind: str, folder: Path) -> tuple[Any, Any]:
+    """A checkpoint with everything: decoder, image tokenizer and text tokenizer."""
+    torch.manual_seed(0)
+    make = emu3_tokenizer if kind == "emu3" else chameleon_tokenizer
+    tokenizer = make(16)
+    text = tokenizer.get_vocab()
+    fields = {"vocab_size": len(text) + 9, "vocabulary_map": text, "max_position_embeddings": 600}
+    model = foreign.build(kind, **fields)
+    foreign.save(model, folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("kind", ["emu3", "chameleon"])
+def test_a_whole_model_comes_and_goes(kind: str, tmp_path: Path, main: Any) -> None:
+    from transformers import AutoTokenizer
+
+    model, tokenizer = whole(kind, tmp_path / "src")
+    ran = main("import", tmp_path / "src", "-o", tmp_path / "bundle", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["modalities"] == ["image", "text"]
+    # transformers' Chameleon has no decoder of images.
+    picture = tmp_path / "red.png"
+    to = ["--to", "image", "-o", picture] if kind == "emu3" else ["--to", "text", "-o", tmp_path / "a.txt"]
+    ran = main("generate", "a red apple", *to, "--model", tmp_path / "bundle", "--max-tokens", 400, "--seed", 0)
+    assert ran.code == 0, ran.err
+    ran = main("export", tmp_path / "bundle", "-o", tmp_path / "out", "--to", "hf")
+    assert ran.code == 0, ran.err
+    back = load(tmp_path / "out")
+    equal(back.state_dict(), model.state_dict())
+    assert back.config.vocabulary_map == model.config.vocabulary_map
+    ours, theirs = (m.config.vq_config.to_dict() for m in (back, model))
+    assert {**ours, "dtype": None} == {**theirs, "dtype": None}
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("a red apple", "<|image start|>4*4<|image token|>", "<racm3:break>IMGIMGAZ<eoss>", "Ünï"):
+        assert again.encode(text) == tokenizer.encode(text)
+
+
+def test_parts_that_were_released_by_themselves(tmp_path: Path, main: Any) -> None:
+    """Emu3's decoder and vision tokenizer are two downloads; Chameleon's folder has tokenizer/ beside models/."""
+    model, tokenizer = whole("emu3", tmp_path / "whole")
+    import_checkpoint(tmp_path / "whole", tmp_path / "bundle")
+    export_checkpoint(tmp_path / "bundle", tmp_path / "gen", "emu3")
+    tokenizer.save_pretrained(tmp_path / "text")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "gen" / name).unlink(missing_ok=True)
+    visual = {k.removeprefix("model.vqmodel."): t for k, t in model.state_dict().items() if "vqmodel" in k}
+    (tmp_path / "vision").mkdir()
+    save_file(visual, tmp_path / "vision" / "model.safetensors")
+    parts = ("--visual", tmp_path / "vision", "--text", tmp_path / "text")
+    ran = main("import", tmp_path / "gen", "-o", tmp_path / "again", "--from", "emu3", *parts, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["modalities"] == ["image", "text"]
+    a, b = (load_bundle(tmp_path / name) for name in ("bundle", "again"))
+    assert a.vocabulary == b.vocabulary
+    equal(a.decoder.state_dict(), b.decoder.state_dict())
+    ran = main("import", tmp_path / "gen", "-o", tmp_path / "no", "--from", "emu3", "--visual", tmp_path / "nowhere")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+
+
+def test_chameleons_download(tmp_path: Path, main: Any) -> None:
+    tokenizer = chameleon_tokenizer(16)
+    torch.manual_seed(0)
+    vq = VQGANTokenizer(VQGANConfig(32, (1, 2), 1, (), 8, 16, 8, normalized=False))
+    count = -(-len(tokenizer) // 8) * 8
+    model = foreign.chameleon(2, vocab_size=count, max_position_embeddings=600)
+    foreign.save_meta(model, tmp_path / "data" / "models" / "7b", 2)
+    (tmp_path / "data" / "tokenizer").mkdir()
+    tokenizer.backend_tokenizer.save(str(tmp_path / "data" / "tokenizer" / "text_tokenizer.json"))
+    taming = {k.replace("quantizer.codebook", "quantize.embedding.weight"): t for k, t in vq.state_dict().items()}
+    torch.save({"state_dict": taming}, tmp_path / "data" / "tokenizer" / "vqgan.ckpt")
+    ran = main("import", tmp_path / "data", "-o", tmp_path / "bundle", "--from", "anole", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["modalities"] == ["image", "text"]
+    export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+    back = load(tmp_path / "out").state_dict()
+    theirs = model.state_dict()
+    assert [k for k in theirs if "vqmodel" not in k and not torch.equal(back[k], theirs[k])] == []
+    assert torch.equal(back["model.vqmodel.quantize.embedding.weight"], vq.quantizer.codebook)

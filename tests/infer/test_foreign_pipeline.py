@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,20 @@ def test_ids_that_begin_no_document_are_not_continued(bundles: Callable[[str], P
         model.generate(torch.tensor([model.grammar.bos, 3, code]), to="text")
 
 
+def test_a_tokenizer_that_only_encodes_is_refused_first(
+    bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, requests: list[Request]
+) -> None:
+    model = load(bundles("chameleon"))
+    visual = model.bundle.tokenizers["visual"]
+    monkeypatch.setattr(visual, "config", replace(visual.config, decoder=False))
+    assert isinstance(model.generate(picture(), to="text", seed=0, max_tokens=3), str)
+    requests.clear()
+    for to in ("image", "interleaved"):
+        with pytest.raises(PlaitError, match="^image: the bundle's tokenizer has no decoder, .*--visual FILE"):
+            model.generate("a", to=to)
+    assert requests == []
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -323,6 +338,9 @@ def test_damaged_settings_are_named(
             (copied / path.name).symlink_to(path)
     (copied / "generation.json").write_text(json.dumps({"format_version": 1, "image": entry}))
     with pytest.raises(PlaitError, match=f"generation.json: image: {message}"):
+        load(copied)
+    (copied / "generation.json").write_text(json.dumps({"format_version": 1, "smell": {}}))
+    with pytest.raises(PlaitError, match="generation.json: unknown target 'smell'; there are text, image"):
         load(copied)
 
 

@@ -11,7 +11,8 @@ from plait.errors import PlaitError
 from plait.model.checkpoints import EMBEDDING, find_names, join_meta, meta_name, meta_shards, split_meta
 from plait.model.config import DecoderConfig, RopeScaling
 from plait.model.decoder import Decoder
-from plait.model.foreign_config import from_params, from_transformers, model_type, to_params, to_transformers
+from plait.model.foreign_config import from_transformers, model_type, to_transformers
+from plait.model.meta_config import from_params, to_params
 
 SMALL = {
     "vocab_size": 40, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,

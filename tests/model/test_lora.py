@@ -11,6 +11,7 @@ from plait.model.config import DecoderConfig
 from plait.model.decoder import Decoder
 from plait.model.lora import LoRAConfig, LoRALinear, add_lora, matching, merge_lora
 from plait.model.loss import Targets
+from plait.model.quantize import quantize_linear
 from plait.model.rows import split_rows
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 60
@@ -113,6 +114,36 @@ def test_matching_keeps_the_order_of_the_names() -> None:
 def test_settings_are_checked(wrong: dict[str, object]) -> None:
     with pytest.raises(PlaitError, match=f"lora: {next(iter(wrong))} is"):
         LoRAConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_qlora_learns_beside_quantized_layers_and_merges_into_floats(kind: str) -> None:
+    decoder = random_decoder(qkv_bias=True)
+    plain = logits(decoder)
+    names = add_lora(decoder, LoRAConfig(rank=4, quantize=kind, targets=["*_proj"]))
+    quantized = logits(decoder)
+    codes = decoder.layers[0].mlp.up_proj.base.weight
+    assert codes.dtype in (torch.int8, torch.uint8)
+    before = {name: t.clone() for name, t in decoder.state_dict().items() if "lora" not in name}
+    assert 1e-4 < (quantized - plain).abs().mean() < {"int8": 0.03, "int4": 0.3}[kind] * plain.std()
+    train(decoder)
+    assert all(torch.equal(t, before[name]) for name, t in decoder.state_dict().items() if "lora" not in name)
+    adapted = logits(decoder)
+    assert (adapted - quantized).abs().max() > 0.1
+    merge_lora(decoder)
+    torch.testing.assert_close(logits(decoder), adapted, atol=1e-5, rtol=0)
+    assert all(type(decoder.get_submodule(name)) is torch.nn.Linear for name in names)
+
+
+def test_qlora_s_gradient_is_that_of_the_dequantized_layer() -> None:
+    base = torch.nn.Linear(64, 48)
+    layer = LoRALinear(quantize_linear(base, "int4"), LoRAConfig(rank=2))
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(5, 64, requires_grad=True)
+    merged = layer.merged()
+    (ours,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (theirs,) = torch.autograd.grad(merged(x).square().sum(), x)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -61,7 +61,7 @@ def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(module, "_chunk", lambda positions, row_bytes: size)
+    monkeypatch.setattr(module, "chunk_positions", lambda positions, row_bytes: size)
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,9 +91,9 @@ def test_equals_the_plain_formula(
 
 
 def test_chunks_have_fast_matrix_products_and_bounded_memory() -> None:
-    assert module._chunk(4096, 184_622 * 4) == 256
-    assert module._chunk(10**6, 184_622 * 4) == 1024
-    assert module._chunk(4096, 1000) * 1000 <= 2**26
+    assert module.chunk_positions(4096, 184_622 * 4) == 256
+    assert module.chunk_positions(10**6, 184_622 * 4) == 1024
+    assert module.chunk_positions(4096, 1000) * 1000 <= 2**26
 
 
 def test_float32_with_large_logits(head: Head, hidden: Tensor, targets: Targets) -> None:

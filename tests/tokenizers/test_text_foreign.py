@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def merge_plainly(word: bytes, ranks: dict[bytes, int]) -> list[int]:
         return [ranks[word]]
     parts = [word[i : i + 1] for i in range(len(word))]
     while True:
-        joined = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks]
+        joined = [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
         if not joined:
             return [ranks[part] for part in parts]
         _, at = min(joined)
@@ -130,7 +131,8 @@ def ranks() -> dict[bytes, int]:
 @settings(deadline=None, max_examples=200)
 @given(
     words=st.lists(
-        st.one_of(st.sampled_from(["red", "apple", "masterpiece", "assistant", "xqzj", "xqzjx"]), st.text("aeprst")), max_size=4
+        st.one_of(st.sampled_from(["red", "apple", "masterpiece", "assistant", "xqzj", "xqzjx"]), st.text("aeprst")),
+        max_size=4,
     )
 )
 def test_ranks_merge_as_tiktoken_does(ranks: dict[bytes, int], words: list[str]) -> None:
@@ -166,7 +168,7 @@ def test_ranks_are_cut_as_qwens_tokenizer_cuts(ranks: dict[bytes, int], text: st
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data + b"%%% 7\n", "line 602 is not a token in base64 and its rank"),
+        (lambda data: data + b"%%% 7\n", r"line \d+ is not a token in base64 and its rank"),
         (lambda data: data.replace(b" 5\n", b" five\n"), "line 6 is not"),
         (lambda data: data.replace(b" 5\n", b" 6\n"), "ranks are not 0, 1, 2"),
         (lambda data: data[data.index(b"\n") + 1 :], "ranks are not 0, 1, 2"),

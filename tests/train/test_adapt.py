@@ -295,7 +295,11 @@ def test_lora_with_new_rows_speaks(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [["parallel.zero=3"], ["parallel.zero=2", "parallel.dtype=bfloat16"]], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [["parallel.zero=3"], ["parallel.zero=2", "parallel.dtype=bfloat16", "lora.quantize=int4"]],
+    ids=["lora-3", "qlora-2-bfloat16"],
+)
 def test_two_processes_share_it(overrides: list[str], file: Path, tmp_path: Path) -> None:
     finish(start(TORCHRUN, file, tmp_path / "run", *overrides))
     check_lora_run(tmp_path / "run")
@@ -303,7 +307,7 @@ def test_two_processes_share_it(overrides: list[str], file: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_old_media_stay_when_only_new_rows_train(file: Path, tmp_path: Path) -> None:
-    overrides = ("lora.rank=0", "parallel.checkpoint_activations=true", "generation.image={}")
+    overrides = ("lora.rank=0", "parallel.checkpoint_activations=true", "generation.image.guidance=1.5")
     finish(start(ALONE, file, tmp_path / "run", *overrides))
     old, new = package.load(TINY), package.load(tmp_path / "run" / "bundle")
     before = grown_weights(new.bundle.vocabulary.size)

@@ -1,5 +1,6 @@
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from plait.errors import PlaitError
 from plait.model.loss import Targets
 from plait.tokenizers.grammar import Grammar, Span
-from plait.tokenizers.vocabulary import Vocabulary
+from plait.tokenizers.vocabulary import Block, Vocabulary
 from plait.train.documents import TokenDocument
 from plait.train.recipe import SequenceConfig
 from plait.train.sequences import Batch, Sequence, arrange, encode, fit, pack_sequences
@@ -181,3 +182,19 @@ def test_batches_split_and_join() -> None:
     for name in ("tokens", "weights", "groups"):
         assert torch.equal(getattr(again.targets, name), getattr(batch.targets, name))
     assert again.targets.group_count == parts[0].targets.group_count == 3
+
+
+def test_text_without_marks_is_learned_with_its_end() -> None:
+    """As of a language model from elsewhere that has learned images."""
+    blocks = (Block("special", 0, 2, ("<s>", "</s>")), Block("text.0", 2, 300))
+    plain = Vocabulary(blocks, grammar="text", names={"<bos>": 0, "<eos>": 1, "<pad>": 1})
+    books = (
+        SimpleNamespace(codebook_sizes=[300], fingerprint="t"),
+        SimpleNamespace(codebook_sizes=[60], fingerprint="v"),
+    )
+    grammar = Grammar(plain.grow("text", "text", books[0]).grow("image", "visual", books[1]))  # type: ignore[arg-type]
+    sequence = encode([(TEXT, 0.5), (IMAGE, 2.0), (Span("text", torch.arange(0)), 0.25)], grammar)
+    names = [grammar.vocabulary.describe(i) for i in sequence.ids.tolist()]
+    assert names[:6] == ["<s>", "text.0 5", "text.0 6", "text.0 7", "<image>", "number 2"]
+    assert sequence.weights.tolist() == [0, 0.5, 0.5, 0.5, *[2] * 3, *[2, 2, 2, 0] * 2, 0, 0.25]
+    assert sequence.groups.tolist() == [0, 0, 0, 0, *[1] * 13]

@@ -32,16 +32,17 @@ def build(kind: str, **fields: Any) -> torch.nn.Module:
     import transformers as hf
 
     fields = {**SMALL, **fields}
+    own_map = fields.pop("vocabulary_map", None)
     if kind == "emu3":
         inner = {k: v for k, v in fields.items() if k != "tie_word_embeddings"}
         tied = fields.get("tie_word_embeddings", False)
         config: Any = hf.Emu3Config(
-            text_config=inner, vq_config=EMU3_VQ, vocabulary_map=EMU3_MAP, tie_word_embeddings=tied
+            text_config=inner, vq_config=EMU3_VQ, vocabulary_map=own_map or EMU3_MAP, tie_word_embeddings=tied
         )
         model: Any = hf.Emu3ForConditionalGeneration(config)
     elif kind == "chameleon":
         model = hf.ChameleonForConditionalGeneration(
-            hf.ChameleonConfig(**fields, vq_config=CHAMELEON_VQ, vocabulary_map=CHAMELEON_MAP)
+            hf.ChameleonConfig(**fields, vq_config=CHAMELEON_VQ, vocabulary_map=own_map or CHAMELEON_MAP)
         )
     elif kind == "emu3-text":
         model = hf.Emu3ForCausalLM(hf.Emu3TextConfig(**fields))
@@ -118,7 +119,7 @@ def save_meta(model: Any, folder: Path, shards: int, name: str = "consolidated.{
     for i, file in enumerate(to_meta(model.state_dict(), heads, 8, shards)):
         torch.save(file, folder / name.format(i))
     params = {
-        "dim": 32, "n_layers": 2, "n_heads": heads["q"], "n_kv_heads": heads["k"], "vocab_size": 64,
+        "dim": 32, "n_layers": 2, "n_heads": heads["q"], "n_kv_heads": heads["k"], "vocab_size": config.vocab_size,
         "multiple_of": 16, "ffn_dim_multiplier": 0.5, "norm_eps": config.rms_norm_eps, "rope_theta": 10000.0,
         "qk_normalization": True, "swin_norm": config.swin_norm,
     }  # fmt: skip
