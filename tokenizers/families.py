@@ -135,7 +135,7 @@ class _Files:
         return [i for i in dict.fromkeys(flat) if type(i) is int]
 
     def number(self, key: str) -> int | None:
-        """The first whole number of this name in any file, or in the settings of an image processor or tokenizer within."""
+        """The first whole number of this name in any file, also within an image processor's or tokenizer's settings."""
         for content in (*self.settings, *self.configs):
             inner = (content.get(k) for k in ("image_processor", "vq_config"))
             for place in (content, *(d for d in inner if isinstance(d, dict))):

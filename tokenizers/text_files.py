@@ -92,6 +92,8 @@ def _from_definition(path: Path, model: bytes) -> TextFile:
         vocabulary = {piece[0]: i for i, piece in enumerate(vocabulary)}
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise PlaitError("its model has no vocabulary")
+    if any(type(i) is not int or i < 0 for i in vocabulary.values()):
+        raise PlaitError("an id of its vocabulary is no whole number")
     added = {token["content"]: token for token in definition.get("added_tokens") or ()}
     special = {token["id"] for token in added.values() if token.get("special")}
     unknown = definition["model"].get("unk_token")

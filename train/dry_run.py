@@ -47,7 +47,7 @@ def dry_run(recipe: DecoderRecipe, world_size: int | None = None, tflops: float 
     config, vocabulary, old_size = _find_architecture(recipe, notes)
     size, learning = _measure(recipe, config, vocabulary, old_size, notes)
     counted, length = count_parameters(config), recipe.sequence.length
-    recompute = recipe.parallel.checkpoint_activations
+    recompute, value_bytes = recipe.parallel.checkpoint_activations, 2 if recipe.parallel.dtype == "bfloat16" else 4
     forward = forward_flops(config, [length])
     training = training_flops(config, [length], recompute=recompute, learning=learning)
     tokens = recipe.global_batch * length
@@ -67,13 +67,12 @@ def dry_run(recipe: DecoderRecipe, world_size: int | None = None, tflops: float 
         "decoding": {
             "weights": 2 * counted.total, "cache_position": cache_bytes(config), "step": decode_bytes(config, length),
         },
-        "start": 4 * counted.total,
+        "start": (value_bytes if recipe.init else 4) * counted.total,
         "steps": recipe.steps,
         "parallel": dataclasses.asdict(recipe.parallel),
         "notes": notes,
         "runs": [],
     }  # fmt: skip
-    value_bytes = 2 if recipe.parallel.dtype == "bfloat16" else 4
     for processes in [world_size] if world_size else [n for n in _WORLD_SIZES if recipe.streams % n == 0][-4:]:
         batch = _divide(recipe, processes)
         activations = count_activations(
@@ -104,7 +103,7 @@ def _find_architecture(recipe: DecoderRecipe, notes: list[str]) -> tuple[Decoder
     except PlaitError as error:
         reason = reason or str(error)
         if not notes:
-            notes.append(f"the vocabulary is the {'init' if vocabulary else 'recipe'}'s, not the data's ({reason})")
+            notes.append(f"the vocabulary is {'init' if vocabulary else 'the recipe'}'s, not the data's ({reason})")
     size = vocabulary.size if vocabulary else recipe.model.vocabulary_size
     if not size:
         raise PlaitError(f"model.vocabulary_size: is not known ({reason}); add model.vocabulary_size=N")
@@ -179,7 +178,7 @@ def describe(facts: dict[str, Any]) -> str:
         f"forward pass ({shares})",
         "decoding": f"weights {_gib(decoding['weights'])} GiB in bfloat16, cache {decoding['cache_position'] / 1024:.4g} "
         f"KiB a position; the step at position {tokens['sequence']:,} reads {_gib(decoding['step'])} GiB",
-        "start": f"each process holds the whole model in host memory first: {_gib(facts['start'])} GiB in float32",
+        "start": f"each process first holds the whole model in host memory: {_gib(facts['start'])} GiB",
     }
     lines = [f"{name:<11} {text}" for name, text in rows.items()]
     lines += [f"note        {text}" for text in facts["notes"]]

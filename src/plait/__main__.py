@@ -464,7 +464,7 @@ def refuse(context: typer.Context, options: tuple[str, ...], reason: str) -> Non
     for option in options:
         source = context.get_parameter_source(option)
         if source is not None and source.name == "COMMANDLINE":
-            raise PlaitError(f"--{option}: {reason}")
+            raise PlaitError(f"--{option.replace('_', '-')}: {reason}")
 
 
 def report_files(as_json: bool, tokenizer: str | None, written: list[Any]) -> None:
