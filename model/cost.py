@@ -7,9 +7,10 @@ vocabulary, and one multiply-add counted as two floating-point operations (FLOPs
   + blocks × 4 H × (keys that it sees)      attention: scores, and the mean of the values
   + 2 W V                                   the head
 
-A backward pass costs twice that where everything learns. Norms, RoPE, activations and the softmax are left out: they are below 1 % at width 1,024.
-Unlike the usual 6 × parameters (Kaplan et al., 2020, arXiv 2001.08361) and PaLM's 12 × blocks × H × length for attention
-(arXiv 2204.02311, appendix B), what the causal mask and the packing hide is not counted, and neither is the embedding.
+A backward pass costs twice that where everything learns. Norms, RoPE, activation functions and the softmax are left
+out: they are below 1 % at width 1,024. Unlike the usual 6 × parameters (Kaplan et al., 2020, arXiv 2001.08361) and
+PaLM's 12 × blocks × H × length for attention (arXiv 2204.02311, appendix B), what the causal mask and the packing hide
+is not counted, and neither is the embedding.
 """
 
 from collections.abc import Sequence

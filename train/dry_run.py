@@ -1,7 +1,7 @@
 """What a run would cost, before it runs: `plait train RECIPE --dry-run`.
 
-Everything is computed from the recipe. The model exists in shape only (on PyTorch's meta device), so that 34 B parameters
-need neither memory nor time; shards, tokenizers and the bundle to start from are looked at if they are there.
+Everything is computed from the recipe. The model exists in shape only (on PyTorch's meta device), so that 34 B
+parameters need neither memory nor time; shards, tokenizers and the bundle to start from count if they are there.
 """
 
 import dataclasses
@@ -132,8 +132,10 @@ def _measure(
             if not (plan.train or plan.rows or plan.lora.rank) and recipe.rows:
                 decoder.requires_grad_(False)
             freeze(decoder, plan, vocabulary or Vocabulary(), old_size)
-    bits = {"": 0, "int8": 8, "int4": 4}[recipe.lora.quantize]
-    quantized = [module.base.weight for module in decoder.modules() if isinstance(module, LoRALinear) and bits]
+    bits = {"": 0, "int8": 8, "int4": 5}[recipe.lora.quantize]  # 4, and 32 of scale and zero point for every 32
+    quantized: list[Any] = [
+        module.base.weight for module in decoder.modules() if isinstance(module, LoRALinear) and bits
+    ]
     return ModelSize.of(decoder, quantized, bits), _find_learning(decoder)
 
 
@@ -162,31 +164,36 @@ def _divide(recipe: DecoderRecipe, world_size: int) -> dict[str, Any]:
 def describe(facts: dict[str, Any]) -> str:
     """The figures as text."""
     model, parameters, tokens, flops = (facts[name] for name in ("model", "parameters", "tokens", "flops"))
-    forward, decoding, parallel = flops["forward_token"], facts["decoding"], facts["parallel"]
+    forward, decoding = flops["forward_token"], facts["decoding"]
     shares = ", ".join(f"{n} {100 * forward[n] / forward['total']:.0f} %" for n in ("projections", "attention", "head"))
-    recompute = "with" if parallel["checkpoint_activations"] else "without"
+    head = _short(parameters["head"]) if parameters["head"] else "the embedding"
     rows = {
-        "model": f"{model['layers']} blocks of width {model['width']:,}; {model['heads']} query and {model['kv_heads']} "
-        f"key/value heads of {model['head_size']}; feed-forward {model['ffn_width']:,}; "
+        "model": f"{model['layers']} blocks of width {model['width']:,}; {model['heads']} query and "
+        f"{model['kv_heads']} key/value heads of {model['head_size']}; feed-forward {model['ffn_width']:,}; "
         f"vocabulary {model['vocabulary_size']:,}",
         "parameters": f"{parameters['total']:,}: embedding {_short(parameters['embedding'])}, each block "
-        f"{_short(parameters['block'])}, head "
-        f"{_short(parameters['head']) if parameters['head'] else 'the embedding'}; {_short(parameters['trained'])} learn",
+        f"{_short(parameters['block'])}, head {head}; {_short(parameters['trained'])} learn",
         "a step": f"{tokens['step']:,} tokens, {_short(flops['step'])}FLOP; {facts['steps']:,} steps: "
         f"{_short(tokens['run'])} tokens, {flops['run']:.3g} FLOP",
         "a token": f"{_short(flops['training_token']['total'])}FLOP in training, {_short(forward['total'])}FLOP in a "
         f"forward pass ({shares})",
-        "decoding": f"weights {_gib(decoding['weights'])} GiB in bfloat16, cache {decoding['cache_position'] / 1024:.4g} "
-        f"KiB a position; the step at position {tokens['sequence']:,} reads {_gib(decoding['step'])} GiB",
+        "decoding": f"weights {_gib(decoding['weights'])} GiB in bfloat16, cache "
+        f"{decoding['cache_position'] / 1024:.4g} KiB a position; the step at position {tokens['sequence']:,} reads "
+        f"{_gib(decoding['step'])} GiB",
         "start": f"each process first holds the whole model in host memory: {_gib(facts['start'])} GiB",
     }
     lines = [f"{name:<11} {text}" for name, text in rows.items()]
     lines += [f"note        {text}" for text in facts["notes"]]
-    lines += ["", f"GiB on each device: an estimate; {parallel['dtype']}, {recompute} activation checkpointing; * marks"]
-    lines[-1] += " the recipe's ZeRO stage"
+    return "\n".join([*lines, "", *_memory_table(facts["runs"], facts["parallel"])])
+
+
+def _memory_table(runs: list[dict[str, Any]], parallel: dict[str, Any]) -> list[str]:
+    recompute = "with" if parallel["checkpoint_activations"] else "without"
+    about = f"an estimate; {parallel['dtype']}, {recompute} activation checkpointing; * marks the recipe's ZeRO stage"
+    lines = [f"GiB on each device: {about}"]
     names = ("parameters", "gradients", "optimizer", "activations", "communication", "update", "peak")
     lines.append(f"{'processes':>9}  {'batch':>9}  ZeRO  " + "  ".join(f"{name:>{_column(name)}}" for name in names))
-    for run in facts["runs"]:
+    for run in runs:
         for zero, memory in enumerate(run["memory"]):
             batch = f"{run['passes']} × {run['micro_batch']}" if run["passes"] else "-"
             start = f"{run['world_size']:>9}  {batch:>9}" if zero == 0 else " " * 20
@@ -196,7 +203,7 @@ def describe(facts: dict[str, Any]) -> str:
             lines.append(f"           cannot run: {run['problem']}")
         if "step_seconds" in run:
             lines.append(f"           {run['step_seconds']:.3g} s a step, {run['run_days']:.3g} days in all")
-    return "\n".join(lines)
+    return lines
 
 
 def _column(name: str) -> int:

@@ -1,8 +1,8 @@
 """What training a decoder holds on each device, by formula, for every ZeRO stage (arXiv 1910.02054).
 
-The model states are those that DeepSpeed really makes of `plait.train.engine`'s configuration: float32 masters and moments
-with bfloat16, and with float32 too from stage 1 on, as copies. DeepSpeed's own estimates
-(``estimate_zero2_model_states_mem_needs`` and its sister) are these states and the float32 gradients of the update.
+The model states are those that DeepSpeed really makes of `plait.train.engine`'s configuration: float32 masters and
+moments with bfloat16, and from stage 1 on with float32 too, as copies. DeepSpeed's own estimates, such as
+``estimate_zero2_model_states_mem_needs``, are these states and the float32 gradients of the update.
 """
 
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ class ModelSize:
         Args:
             decoder: with ``requires_grad`` as it is trained.
             quantized: those of its parameters that training will quantize.
-            bits: to so many bits each; their scales are left out.
+            bits: what one then takes, its share of scales and zero points included.
         """
         apart = {id(parameter): parameter.numel() for parameter in quantized}
         counted = [p for p in decoder.parameters() if id(p) not in apart]

@@ -56,7 +56,9 @@ def test_parameters_are_the_decoder_s(config: DecoderConfig) -> None:
     assert counted.total == sum(p.numel() for p in decoder.parameters())
     assert counted.embedding == decoder.embed_tokens.weight.numel()
     assert {counted.block} == {sum(p.numel() for p in block.parameters()) for block in decoder.layers}
-    assert counted.projections == sum(m.weight.numel() for m in decoder.layers[0].modules() if type(m) is torch.nn.Linear)
+    assert counted.projections == sum(
+        m.weight.numel() for m in decoder.layers[0].modules() if type(m) is torch.nn.Linear
+    )
     assert counted.head == (0 if config.tie_embeddings else decoder.lm_head.weight.numel())
     assert counted.non_embedding == counted.total - counted.embedding - counted.head
 

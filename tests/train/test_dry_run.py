@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,11 +41,14 @@ def test_a_recipe_s_first_line_is_true(name: str) -> None:
     (run,) = facts["runs"]
     assert not run["problem"]
     assert int(found[1].replace(",", "")) == facts["parameters"]["total"]
-    assert float(found[2]) == pytest.approx(run["memory"][loaded.parallel.zero]["peak"] / 2**30, rel=0.06)
+    assert float(found[2]) == pytest.approx(run["memory"][loaded.parallel.zero]["peak"] / 2**30, rel=0.02)
 
 
 def test_there_is_a_recipe_of_every_size() -> None:
-    billions = {name: dry_run(replace(load_recipe(f"decoder/{name}"), shards=["nowhere"]))["parameters"]["total"] / 1e9 for name in RECIPES}  # type: ignore[type-var]
+    billions = {
+        name: dry_run(replace(load_recipe(f"decoder/{name}"), shards=["nowhere"]))["parameters"]["total"] / 1e9
+        for name in RECIPES
+    }  # type: ignore[type-var]
     assert 0.005 < billions["tiny"] < 0.015
     rounded = {name: round(billions[name], 2) for name in ("150m", "1b", "emu3-8b", "chameleon-7b", "chameleon-34b")}
     assert rounded == {"150m": 0.15, "1b": 1.11, "emu3-8b": 8.49, "chameleon-7b": 7.01, "chameleon-34b": 34.29}
@@ -103,7 +105,9 @@ def test_the_data_s_vocabulary_counts_if_it_is_there(tokens: Path, tokenizers: P
 
 
 def test_a_vocabulary_of_unknown_size_is_refused() -> None:
-    with pytest.raises(PlaitError, match=r"^model.vocabulary_size: is not known \(nowhere: .*add model.vocabulary_size=N"):
+    with pytest.raises(
+        PlaitError, match=r"^model.vocabulary_size: is not known \(nowhere: .*add model.vocabulary_size=N"
+    ):
         dry_run(recipe(model=DecoderConfig()))
 
 
@@ -156,12 +160,14 @@ def test_a_wrong_pattern_is_refused(bundle: Path, tokens: Path) -> None:
         dry_run(DecoderRecipe([str(tokens)], init=str(bundle), out="o", train=["lm_haed.weight"]))
 
 
-def test_four_bits_are_an_eighth_of_the_blocks(bundle: Path, tokens: Path) -> None:
-    plan = DecoderRecipe([str(tokens)], init=str(bundle), out="o", lora=LoRAConfig(2))
-    plain, small = (dry_run(replace(plan, lora=LoRAConfig(2, quantize=q)), 1)["runs"][0] for q in ("", "int4"))
-    blocks = 2 * count_parameters(DecoderConfig(width=32, layers=2, heads=4, kv_heads=2)).projections
-    saved = plain["memory"][0]["parameters"] - small["memory"][0]["parameters"]
-    assert saved == blocks * 4 * 7 / 8
+@pytest.mark.parametrize(("name", "slack"), [("int4", 0.0), ("int8", 0.15)])  # at 32 inputs, int8's scales do count
+def test_quantized_weights_are_those_of_training(name: str, slack: float, bundle: Path, tokens: Path) -> None:
+    plan = DecoderRecipe([str(tokens)], init=str(bundle), out="o", lora=LoRAConfig(2, quantize=name))
+    decoder = build_decoder(plan, build_vocabulary(plan))
+    held = sum(p.nbytes for p in decoder.parameters())
+    held += sum(b.nbytes for n, b in decoder.named_buffers() if ".base." in n)
+    predicted = dry_run(plan, 1)["runs"][0]["memory"][0]["parameters"]
+    assert predicted == pytest.approx(held, rel=slack)
 
 
 def test_command(plait: Callable[..., Any], tmp_path: Path) -> None:
@@ -180,7 +186,9 @@ def test_command_imports_neither_deepspeed_nor_a_compiler(tmp_path: Path) -> Non
     import subprocess
     import sys
 
-    probe = "import sys; from plait.__main__ import main\ntry: main()\nfinally: print(sorted(sys.modules), file=sys.stderr)"
+    probe = (
+        "import sys; from plait.__main__ import main\ntry: main()\nfinally: print(sorted(sys.modules), file=sys.stderr)"
+    )
     command = [sys.executable, "-c", probe, "train", "decoder/emu3-8b", "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "8,492,011,520" in done.stdout
