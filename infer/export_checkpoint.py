@@ -121,7 +121,7 @@ def export_checkpoint(
 def _write_transformers(source: _Source, partial: Path, to: str, advance: Advance) -> dict[str, Any]:
     """Write transformers' layout, or the original one of Emu3 and Emu3.5, which differs in its config.json only."""
     config, family = source.config, source.origin.get("family", source.vocabulary.grammar)
-    kind = "Emu3" if to != "hf" else model_type(config, family)
+    kind = "Emu3" if to != "hf" else model_type(config, family, source.origin.get("model_type", ""))
     if to != "hf":
         _check_original(config, to)
     names: Names = LLAMA
@@ -171,7 +171,7 @@ def _with_images(
     tokens = source.origin.get("vocabulary_map") or vocabulary_map(source)
     if not at.is_dir() or read_json(at / "config.json").get("architecture") != wanted:
         if kind == "emu3_text_model":
-            return LLAMA, {}, fields, ""
+            return LLAMA, {}, _nested(fields), ""
         note = "without an image tokenizer: transformers says that model.vqmodel is newly initialized; text is exact"
         return LLAMA, {}, fields | {"vocabulary_map": tokens}, note
     tokenizer = load_tokenizer(at)
@@ -187,16 +187,20 @@ def _with_images(
     from plait.tokenizers.emu3 import to_transformers as emu3_images
 
     tensors, vq = emu3_images(stored, tokenizer.config)
-    whole = {
-        "architectures": ["Emu3ForConditionalGeneration"],
-        "model_type": "emu3",
-        "dtype": fields.pop("dtype"),
-        "tie_word_embeddings": fields["tie_word_embeddings"],
-        "text_config": {k: v for k, v in fields.items() if k != "architectures"},
-        "vq_config": vq,
-        "vocabulary_map": tokens,
-    }
+    whole = _nested(fields) | {"architectures": ["Emu3ForConditionalGeneration"], "vq_config": vq}
+    whole |= {"vocabulary_map": tokens}
     return EMU3_WHOLE, {f"vqmodel.{name}": tensor for name, tensor in tensors.items()}, whole, ""
+
+
+def _nested(fields: dict[str, Any]) -> dict[str, Any]:
+    """Emu3's config.json around that of its decoder; transformers' automatic classes know it by this one only."""
+    outer = ("architectures", "dtype")
+    return {
+        **{k: fields[k] for k in outer},
+        "model_type": "emu3",
+        "tie_word_embeddings": fields["tie_word_embeddings"],
+        "text_config": {k: v for k, v in fields.items() if k not in outer},
+    }
 
 
 _LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")

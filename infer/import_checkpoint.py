@@ -91,7 +91,7 @@ def import_checkpoint(
     # Without a text tokenizer no modality uses the image tokenizer; it is kept for an export all the same.
     for name, part in (({"visual": tokenizer} if tokenizer else {}) | family.tokenizers).items():
         part.save_pretrained(partial / "tokenizers" / name)
-    origin = {"family": opened.family, "token_ids": opened.kept}
+    origin = {"family": opened.family, "token_ids": opened.kept, "model_type": opened.settings.get("model_type", "")}
     if not family.tokenizers:
         origin |= {k: opened.settings[k] for k in ("vocabulary_map", "vq_config") if opened.settings.get(k)}
     write_description(partial, opened.config, family.vocabulary, family.generation, opened.context, sums, origin=origin)

@@ -111,20 +111,17 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: KVCache, last: Tensor) -> Tensor:
         """Feed tokens through the cache and return the logits after index ``last`` ``[B]`` of each row, ``[B, V]``."""
-        hidden = self._hidden(tokens, positions, cache) if self.training else self._stepped(tokens, positions, cache)
-        at = torch.arange(len(hidden), device=hidden.device)
-        chosen = hidden[:, 0] if hidden.shape[1] == 1 else hidden[at, last]
-        return self.lm_head(chosen).float()
-
-    def _stepped(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """As `_hidden`, in the fewest operations."""
+        rows, count = tokens.shape
+        wanted = torch.arange(rows, device=tokens.device) * count + (last if count > 1 else 0)
         if self._step is None or not self._step.is_current():
             self._step = Step(self)
-        if self._step.has_hooks():
-            return self._hidden(tokens, positions, cache)
-        table, place = self._place(positions, cache)
-        with torch.inference_mode():
-            return self._step(tokens, table, place)
+        if self.training or self._step.has_hooks():
+            hidden = self._hidden(tokens, positions, cache)
+        else:
+            hidden, logits = self._step(tokens, *self._place(positions, cache), positions, wanted)
+            if logits is not None:
+                return logits
+        return self.lm_head(hidden.flatten(0, 1)[wanted]).float()
 
     def _hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
         place: Place

@@ -180,12 +180,13 @@ _ARCHITECTURES = {
 }
 
 
-def model_type(config: DecoderConfig, family: str) -> str:
+def model_type(config: DecoderConfig, family: str, was: str = "") -> str:
     """The architecture of transformers that computes what this decoder does.
 
     Args:
         config: the decoder's.
         family: "emu3" keeps an Emu3 one where it can be.
+        was: the model_type that it was imported with; "mistral" is kept where it can be.
 
     Raises:
         PlaitError: there is none.
@@ -204,7 +205,7 @@ def model_type(config: DecoderConfig, family: str) -> str:
     if family == "emu3":
         return "emu3_text_model"
     # transformers' Llama wants a width that the heads divide; its Mistral is the same decoder and does not.
-    return "mistral" if config.width % config.heads else "llama"
+    return "mistral" if was == "mistral" or config.width % config.heads else "llama"
 
 
 def _need(config: DecoderConfig, having: str, **wanted: Any) -> None:

@@ -145,6 +145,11 @@ class QuantizedLinear(nn.Module):
         self._packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1), scales
         self.weight, self.scales, self.zeros = (t.new_empty(0) for t in (self.weight, self.scales, self.zeros))
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether `pack` has taken the codes as they are stored."""
+        return self._packed is not None
+
     def extra_repr(self) -> str:
         """For printing."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.settings.bits}"
@@ -236,10 +241,13 @@ def quantize_linear(linear: nn.Linear, settings: Quantization | str) -> Quantize
 
 
 def pack_(module: nn.Module) -> None:
-    """`QuantizedLinear.pack` for all of a module's layers: do it once before generating."""
-    for child in module.modules():
-        if isinstance(child, QuantizedLinear):
-            child.pack()
+    """`QuantizedLinear.pack` for all of a module's layers, unless there is native code, which takes codes as they are."""
+    from plait.model.native import library
+
+    if library() is None:
+        for child in module.modules():
+            if isinstance(child, QuantizedLinear):
+                child.pack()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plait.model.cache import Cached
 from plait.model.config import DecoderConfig
+from plait.model.native import NativeStep, Unsuitable
 from plait.model.rope import Table
 
 Function = Callable[[Tensor], Tensor]
@@ -42,6 +43,9 @@ class Step:
 
     Args:
         decoder: the `Decoder`; its tensors may change afterwards, `is_current` tells whether its parts did.
+
+    Attributes:
+        native: the same in native code, where there is any.
     """
 
     def __init__(self, decoder: Any) -> None:
@@ -49,8 +53,12 @@ class Step:
         self.embed = decoder.embed_tokens
         self.norm = _norm(decoder.norm)
         self.layers = [_layer(block) for block in decoder.layers]
+        try:
+            self.native: NativeStep | None = NativeStep(decoder)
+        except Unsuitable:
+            self.native = None
         modules = list(decoder.modules())
-        owners = [held for m in modules for held in (m._modules, m._parameters)]
+        owners = [held for m in modules for held in (m._modules, m._parameters, m._buffers)]
         self._owners = [held for held in owners for _ in held]
         self._names = [name for held in owners for name in held]
         self._parts = [part for held in owners for part in held.values()]
@@ -58,6 +66,8 @@ class Step:
 
     def is_current(self) -> bool:
         """Whether the decoder still has the parts it had."""
+        if self.native is not None and not self.native.is_current():
+            return False
         try:
             return all(map(is_, self._parts, map(getitem, self._owners, self._names)))
         except KeyError:
@@ -67,14 +77,31 @@ class Step:
         """Whether a part has hooks, which only a call of it runs."""
         return any(self._hooks)
 
-    def __call__(self, tokens: Tensor, table: Table, place: Cached) -> Tensor:
-        """Hidden states before the head, ``[B, T, width]``.
+    def __reduce__(self) -> Any:
+        """A copy of the decoder makes its own."""
+        return type(None), ()
+
+    def __call__(
+        self, tokens: Tensor, table: Table, place: Cached, positions: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Feed tokens through the cache.
 
         Args:
             tokens: int64 ``[B, T]``.
             table: rotary cosines and sines ``[B, T, head_size / 2]``.
             place: in the cache.
+            positions: int64 ``[B, T]``.
+            wanted: int64 ``[n]``, indices into B·T of the tokens whose logits are wanted.
+
+        Returns:
+            hidden states before the head ``[B, T, width]``; logits ``[n, vocabulary_size]``, or None if the head is to come.
         """
+        if self.native is not None and self.native.takes(tokens, place.cache):
+            return self.native(self.embed(tokens), table, positions, place.cache, wanted)
+        with torch.inference_mode():
+            return self._hidden(tokens, table, place), None
+
+    def _hidden(self, tokens: Tensor, table: Table, place: Cached) -> Tensor:
         rows, count = tokens.shape
         inner = self.config.heads * self.config.head_size
         heads = (rows, count, -1, self.config.head_size)

@@ -1,0 +1,417 @@
+/* One forward pass of a few tokens through the KV cache, on the CPU in float32: what model/step.py does, in one call.
+
+   Every thread keeps the residual stream of all tokens for itself and computes norms redundantly; matrices are cut by
+   output rows, attention by heads, and the threads meet six times a layer. Weights are read once for up to four tokens.
+   A matrix is float32, int8 with a scale per row, or int4 with scales and zeros per group (model/quantize.py). */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t Int;
+
+typedef struct {
+  const void *codes;       /* NULL: there is no such matrix */
+  const uint16_t *scales;  /* bfloat16 */
+  const uint16_t *zeros;   /* bfloat16, with 4 bits */
+  const float *bias;       /* or NULL */
+  Int out, in, bits, group;
+} Matrix;
+
+typedef struct {
+  const float *weight, *bias; /* [n]; NULL: there is no such norm */
+  double eps;
+  Int per_head, centred; /* a weight for each head; LayerNorm rather than RMSNorm */
+} Norm;
+
+typedef struct {
+  Norm attention_norm, q_norm, k_norm, feed_forward_norm;
+  Matrix q, k, v, o, gate, up, down;
+} Layer;
+
+typedef struct {
+  Int width, heads, kv_heads, head_size, inner, layers, post_norm;
+  Norm norm;
+  Matrix head;
+  const Layer *layer;
+} Model;
+
+typedef struct {
+  Int tokens, threads, chosen;
+  const float *embedded;       /* [tokens, width] */
+  const float *cosines, *sines; /* [tokens, head_size / 2] */
+  const Int *rows, *positions; /* [tokens] */
+  const Int *wanted;           /* [chosen], the tokens whose logits are wanted */
+  float *keys, *values;        /* [layers, rows, kv_heads, slots, head_size] */
+  Int layer_stride, row_stride, slots, window;
+  float *work;   /* `plait_work` floats */
+  float *hidden; /* [tokens, width], after the last norm */
+  float *logits; /* [chosen, vocabulary], if there is a head */
+} Pass;
+
+static float from_bfloat16(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+
+/* Products of n <= 4 tokens (x and y have these strides) with the rows [from, to) of a matrix. `sums` holds the tokens'
+   sums over the groups of inputs, [n, groups]. LANES floats are loaded at a time, what remains one by one. */
+
+#define DEFINE_PRODUCTS(NAME, TARGET, V, LANES, ZERO, FLOATS, INT8S, INT4S, FMA, SPLAT, SUM, STORE)                     \
+  TARGET static inline __attribute__((always_inline)) void NAME##_floats(                                              \
+      const Matrix *m, Int from, Int to, const float *x, Int xs, float *y, Int ys, const int n) {                      \
+    for (Int o = from; o < to; o++) {                                                                                  \
+      const float *row = (const float *)m->codes + o * m->in;                                                          \
+      V a[4] = {ZERO, ZERO, ZERO, ZERO}, b[4] = {ZERO, ZERO, ZERO, ZERO};                                              \
+      Int i = 0;                                                                                                       \
+      for (; i + 2 * LANES <= m->in; i += 2 * LANES) {                                                                 \
+        V w = FLOATS(row + i), u = FLOATS(row + i + LANES);                                                            \
+        for (int t = 0; t < n; t++) {                                                                                  \
+          a[t] = FMA(w, FLOATS(x + t * xs + i), a[t]);                                                                 \
+          b[t] = FMA(u, FLOATS(x + t * xs + i + LANES), b[t]);                                                         \
+        }                                                                                                              \
+      }                                                                                                                \
+      for (int t = 0; t < n; t++) {                                                                                    \
+        float total = SUM(a[t]) + SUM(b[t]);                                                                           \
+        for (Int j = i; j < m->in; j++) total += row[j] * x[t * xs + j];                                               \
+        y[t * ys + o] = total;                                                                                         \
+      }                                                                                                                \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  TARGET static inline __attribute__((always_inline)) void NAME##_int8(                                                \
+      const Matrix *m, Int from, Int to, const float *x, Int xs, float *y, Int ys, const int n) {                      \
+    for (Int o = from; o < to; o++) {                                                                                  \
+      const int8_t *row = (const int8_t *)m->codes + o * m->in;                                                        \
+      V a[4] = {ZERO, ZERO, ZERO, ZERO}, b[4] = {ZERO, ZERO, ZERO, ZERO};                                              \
+      Int i = 0;                                                                                                       \
+      for (; i + 2 * LANES <= m->in; i += 2 * LANES) {                                                                 \
+        __builtin_prefetch(row + i + 1024);                                                                            \
+        V w = INT8S(row + i), u = INT8S(row + i + LANES);                                                              \
+        for (int t = 0; t < n; t++) {                                                                                  \
+          a[t] = FMA(w, FLOATS(x + t * xs + i), a[t]);                                                                 \
+          b[t] = FMA(u, FLOATS(x + t * xs + i + LANES), b[t]);                                                         \
+        }                                                                                                              \
+      }                                                                                                                \
+      for (int t = 0; t < n; t++) {                                                                                    \
+        float total = SUM(a[t]) + SUM(b[t]);                                                                           \
+        for (Int j = i; j < m->in; j++) total += row[j] * x[t * xs + j];                                               \
+        y[t * ys + o] = total * from_bfloat16(m->scales[o]);                                                           \
+      }                                                                                                                \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  TARGET static inline __attribute__((always_inline)) void NAME##_int4(const Matrix *m, Int from, Int to,              \
+                                                                       const float *x, Int xs, const float *sums,     \
+                                                                       float *y, Int ys, const int n) {               \
+    Int groups = (m->in + m->group - 1) / m->group;                                                                    \
+    for (Int o = from; o < to; o++) {                                                                                  \
+      const uint8_t *row = (const uint8_t *)m->codes + o * ((m->in + 1) / 2);                                          \
+      V a[4] = {ZERO, ZERO, ZERO, ZERO};                                                                               \
+      float rest[4] = {0, 0, 0, 0};                                                                                    \
+      for (Int g = 0; g < groups; g++) {                                                                               \
+        float scale = from_bfloat16(m->scales[o * groups + g]), zero = from_bfloat16(m->zeros[o * groups + g]);        \
+        Int i = g * m->group, end = i + m->group < m->in ? i + m->group : m->in;                                       \
+        V part[4] = {ZERO, ZERO, ZERO, ZERO};                                                                          \
+        __builtin_prefetch(row + i / 2 + 1024);                                                                        \
+        for (; i + LANES <= end; i += LANES) {                                                                         \
+          V w = INT4S(row + i / 2);                                                                                    \
+          for (int t = 0; t < n; t++) part[t] = FMA(w, FLOATS(x + t * xs + i), part[t]);                               \
+        }                                                                                                              \
+        for (int t = 0; t < n; t++) {                                                                                  \
+          a[t] = FMA(SPLAT(scale), part[t], a[t]);                                                                     \
+          rest[t] += zero * sums[t * groups + g];                                                                      \
+          for (Int j = i; j < end; j++)                                                                                \
+            rest[t] += scale * ((float)(row[j / 2] >> (j % 2 * 4) & 15) - 8) * x[t * xs + j];                          \
+        }                                                                                                              \
+      }                                                                                                                \
+      for (int t = 0; t < n; t++) y[t * ys + o] = SUM(a[t]) + rest[t];                                                 \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  TARGET static void NAME(const Matrix *m, Int from, Int to, const float *x, Int xs, const float *sums, float *y,      \
+                          Int ys, int n) {                                                                             \
+    CASES(NAME, 1) CASES(NAME, 2) CASES(NAME, 3) CASES(NAME, 4)                                                        \
+  }                                                                                                                    \
+  TARGET static void NAME##_mix(const float *weights, const float *values, Int count, Int size, float *out) {          \
+    Int j = 0;                                                                                                         \
+    for (; j + 4 * LANES <= size; j += 4 * LANES) {                                                                    \
+      V a[4];                                                                                                          \
+      for (int l = 0; l < 4; l++) a[l] = FLOATS(out + j + l * LANES);                                                  \
+      for (Int i = 0; i < count; i++)                                                                                  \
+        for (int l = 0; l < 4; l++) a[l] = FMA(SPLAT(weights[i]), FLOATS(values + i * size + j + l * LANES), a[l]);    \
+      for (int l = 0; l < 4; l++) STORE(out + j + l * LANES, a[l]);                                                    \
+    }                                                                                                                  \
+    for (; j < size; j++)                                                                                              \
+      for (Int i = 0; i < count; i++) out[j] += weights[i] * values[i * size + j];                                     \
+  }                                                                                                                    \
+  TARGET static float NAME##_dot(const float *x, const float *y, Int n) {                                              \
+    V a = ZERO;                                                                                                        \
+    Int i = 0;                                                                                                         \
+    for (; i + LANES <= n; i += LANES) a = FMA(FLOATS(x + i), FLOATS(y + i), a);                                       \
+    float total = SUM(a);                                                                                              \
+    for (; i < n; i++) total += x[i] * y[i];                                                                           \
+    return total;                                                                                                      \
+  }
+
+#define CASES(NAME, N)                                                                    \
+  if (n == N) {                                                                           \
+    if (m->bits == 32) NAME##_floats(m, from, to, x, xs, y, ys, N);                       \
+    else if (m->bits == 8) NAME##_int8(m, from, to, x, xs, y, ys, N);                     \
+    else NAME##_int4(m, from, to, x, xs, sums, y, ys, N);                                 \
+  }
+
+
+/* 4 bits come two a byte, so that a vector has at least two of them. */
+typedef struct { float low, high; } Pair;
+static inline Pair pair_load(const float *p) { return (Pair){p[0], p[1]}; }
+static inline Pair pair_int8(const int8_t *p) { return (Pair){p[0], p[1]}; }
+static inline Pair pair_int4(const uint8_t *p) { return (Pair){(float)(*p & 15) - 8, (float)(*p >> 4) - 8}; }
+static inline Pair pair_fma(Pair a, Pair b, Pair c) { return (Pair){a.low * b.low + c.low, a.high * b.high + c.high}; }
+static inline Pair pair_splat(float x) { return (Pair){x, x}; }
+static inline float pair_sum(Pair a) { return a.low + a.high; }
+static inline void pair_store(float *p, Pair a) { p[0] = a.low, p[1] = a.high; }
+#define PAIR_ZERO ((Pair){0, 0})
+DEFINE_PRODUCTS(plain, , Pair, 2, PAIR_ZERO, pair_load, pair_int8, pair_int4, pair_fma, pair_splat, pair_sum, pair_store)
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+#define INLINE static inline __attribute__((always_inline))
+
+AVX2 INLINE __m128i nibbles(const uint8_t *p) { /* 16 codes less 8 */
+  __m128i bytes = _mm_loadl_epi64((const __m128i *)p), mask = _mm_set1_epi8(15);
+  __m128i both = _mm_unpacklo_epi8(_mm_and_si128(bytes, mask), _mm_and_si128(_mm_srli_epi16(bytes, 4), mask));
+  return _mm_sub_epi8(both, _mm_set1_epi8(8));
+}
+AVX512 INLINE __m512 wide_int8(const int8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+AVX512 INLINE __m512 wide_int4(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(nibbles(p))); }
+DEFINE_PRODUCTS(avx512, AVX512, __m512, 16, _mm512_setzero_ps(), _mm512_loadu_ps, wide_int8, wide_int4, _mm512_fmadd_ps,
+                _mm512_set1_ps, _mm512_reduce_add_ps, _mm512_storeu_ps)
+
+AVX2 INLINE __m256 half_int8(const int8_t *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+AVX2 INLINE __m256 half_int4(const uint8_t *p) {
+  uint8_t four[8] = {p[0], p[1], p[2], p[3]}; /* no byte beyond the row's end */
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(nibbles(four)));
+}
+AVX2 INLINE float half_sum(__m256 x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+DEFINE_PRODUCTS(avx2, AVX2, __m256, 8, _mm256_setzero_ps(), _mm256_loadu_ps, half_int8, half_int4, _mm256_fmadd_ps,
+                _mm256_set1_ps, half_sum, _mm256_storeu_ps)
+#endif
+
+typedef void Products(const Matrix *, Int, Int, const float *, Int, const float *, float *, Int, int);
+typedef void Mix(const float *, const float *, Int, Int, float *);
+typedef float Dot(const float *, const float *, Int);
+
+static Products *products = plain;
+static Mix *mix = plain_mix;
+static Dot *dot = plain_dot;
+
+/* Choose the instructions; 0: any processor's, 1: AVX2, 2: AVX-512. Returns what was chosen, at most what there is. */
+Int plait_instructions(Int most) {
+  products = plain, mix = plain_mix, dot = plain_dot;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  int has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (most >= 2 && has_512) return products = avx512, mix = avx512_mix, dot = avx512_dot, 2;
+  if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return products = avx2, mix = avx2_mix, dot = avx2_dot, 1;
+#endif
+  return 0;
+}
+
+/* A thread's share [from, to) of n things, in whole blocks. */
+static void share(Int n, Int block, Int thread, Int threads, Int *from, Int *to) {
+  Int blocks = (n + block - 1) / block;
+  *from = blocks * thread / threads * block;
+  *to = blocks * (thread + 1) / threads * block;
+  if (*to > n) *to = n;
+  if (*from > n) *from = n;
+}
+
+/* y [n, ys] = x [n, xs] times the matrix, the thread's rows of it. */
+static void multiply(const Matrix *m, const float *x, Int xs, float *y, Int ys, Int n, float *sums, Int thread,
+                     Int threads) {
+  Int from, to, groups = m->bits == 4 ? (m->in + m->group - 1) / m->group : 0;
+  share(m->out, 16, thread, threads, &from, &to);
+  for (Int first = 0; first < n; first += 4) {
+    int count = n - first < 4 ? (int)(n - first) : 4;
+    const float *part = x + first * xs;
+    for (int t = 0; t < count; t++)
+      for (Int g = 0; g < groups; g++) {
+        float total = 0;
+        Int end = (g + 1) * m->group < m->in ? (g + 1) * m->group : m->in;
+#pragma omp simd reduction(+ : total)
+        for (Int i = g * m->group; i < end; i++) total += part[t * xs + i];
+        sums[t * groups + g] = total;
+      }
+    products(m, from, to, part, xs, sums, y + first * ys, ys, count);
+  }
+  if (m->bias)
+    for (Int t = 0; t < n; t++)
+      for (Int o = from; o < to; o++) y[t * ys + o] += m->bias[o];
+}
+
+static void normalize(const Norm *norm, const float *x, float *y, Int n, Int head) {
+  float mean = 0, square = 0;
+  if (norm->centred) {
+#pragma omp simd reduction(+ : mean)
+    for (Int i = 0; i < n; i++) mean += x[i];
+    mean /= n;
+#pragma omp simd reduction(+ : square)
+    for (Int i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
+  } else {
+    square = dot(x, x, n);
+  }
+  float factor = 1 / sqrtf(square / n + (float)norm->eps);
+  const float *weight = norm->weight + (norm->per_head ? head * n : 0);
+  for (Int i = 0; i < n; i++) y[i] = (x[i] - mean) * factor * weight[i];
+  if (norm->bias)
+    for (Int i = 0; i < n; i++) y[i] += norm->bias[(norm->per_head ? head * n : 0) + i];
+}
+
+/* Norm and rotation of a head, in place. */
+static void turn(const Norm *norm, float *x, const float *cosines, const float *sines, Int size, Int head) {
+  if (norm->weight) normalize(norm, x, x, size, head);
+  for (Int i = 0, j = size / 2; j < size; i++, j++) {
+    float a = x[i], b = x[j];
+    x[i] = a * cosines[i] - b * sines[i];
+    x[j] = b * cosines[i] + a * sines[i];
+  }
+}
+
+/* e^x for x <= 0, within 2e-7 of it; a loop over it becomes vectors. (Cephes' expf.) */
+static inline float exponential(float x) {
+  x = x < -87 ? -87 : x;
+  float n = (float)(int)(x * 1.44269504f - 0.5f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f, p = p * r + 8.3334519073e-3f, p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f, p = p * r + 5.0000001201e-1f;
+  int32_t bits = ((int32_t)n + 127) << 23;
+  float power;
+  memcpy(&power, &bits, 4);
+  return (p * r * r + r + 1) * power;
+}
+
+/* Attention of one head of one token over the slots of its row. */
+static void attend(const float *q, const float *keys, const float *values, Int position, const Pass *pass, Int size,
+                   float *scores, float *out) {
+  Int first = pass->window && position >= pass->window ? position - pass->window + 1 : 0;
+  Int count = position - first + 1, start = first % pass->slots;
+  Int before = count < pass->slots - start ? count : pass->slots - start; /* then a ring begins again */
+  float top = -INFINITY, total = 0, scale = 1 / sqrtf((float)size);
+  for (Int i = 0; i < count; i++) {
+    scores[i] = dot(q, keys + (i < before ? start + i : i - before) * size, size) * scale;
+    if (scores[i] > top) top = scores[i];
+  }
+  for (Int i = 0; i < count; i++) scores[i] = exponential(scores[i] - top);
+#pragma omp simd reduction(+ : total)
+  for (Int i = 0; i < count; i++) total += scores[i];
+  memset(out, 0, size * sizeof(float));
+  mix(scores, values + start * size, before, size, out);
+  mix(scores + before, values, count - before, size, out);
+  for (Int j = 0; j < size; j++) out[j] /= total;
+}
+
+/* Floats of a thread's own, and of all threads together. */
+static Int own_floats(const Model *m, const Pass *p) {
+  Int widest = m->width > m->inner ? m->width : m->inner;
+  widest = widest > m->heads * m->head_size ? widest : m->heads * m->head_size;
+  return (2 * p->tokens * m->width + p->slots + 4 * widest + 15) / 16 * 16;
+}
+
+static Int shared_floats(const Model *m, const Pass *p) {
+  return p->tokens * ((m->heads * 2 + m->kv_heads * 2) * m->head_size + m->width + 2 * m->inner);
+}
+
+Int plait_work(const Model *m, const Pass *p) { return shared_floats(m, p) + p->threads * own_floats(m, p); }
+
+static void run(const Model *m, const Pass *p, Int thread, Int threads) {
+  Int n = p->tokens, width = m->width, size = m->head_size, queries = m->heads * size, kv = m->kv_heads * size;
+  float *q = p->work, *k = q + n * queries, *v = k + n * kv, *mixed = v + n * kv, *y = mixed + n * queries;
+  float *gate = y + n * width, *up = gate + n * m->inner;
+  float *x = p->work + shared_floats(m, p) + thread * own_floats(m, p), *h = x + n * width, *scores = h + n * width;
+  float *sums = scores + p->slots;
+#define MULTIPLY(matrix, from, to) \
+  multiply(&matrix, from, matrix.in, to, matrix.out, n, sums, thread, threads)
+#define MEET _Pragma("omp barrier")
+  memcpy(x, p->embedded, n * width * sizeof(float));
+  for (Int index = 0; index < m->layers; index++) {
+    const Layer *layer = m->layer + index;
+    float *keys = p->keys + index * p->layer_stride, *values = p->values + index * p->layer_stride;
+    for (Int t = 0; t < n; t++)
+      if (!m->post_norm) normalize(&layer->attention_norm, x + t * width, h + t * width, width, 0);
+    float *in = m->post_norm ? x : h;
+    MULTIPLY(layer->q, in, q);
+    MULTIPLY(layer->k, in, k);
+    MULTIPLY(layer->v, in, v);
+    MEET
+    for (Int unit = thread; unit < n * (m->heads + m->kv_heads); unit += threads) {
+      Int t = unit / (m->heads + m->kv_heads), head = unit % (m->heads + m->kv_heads);
+      const float *cosines = p->cosines + t * size / 2, *sines = p->sines + t * size / 2;
+      if (head < m->heads) {
+        turn(&layer->q_norm, q + t * queries + head * size, cosines, sines, size, head);
+        continue;
+      }
+      head -= m->heads;
+      Int at = p->rows[t] * p->row_stride + (head * p->slots + p->positions[t] % p->slots) * size;
+      turn(&layer->k_norm, k + t * kv + head * size, cosines, sines, size, head);
+      memcpy(keys + at, k + t * kv + head * size, size * sizeof(float));
+      memcpy(values + at, v + t * kv + head * size, size * sizeof(float));
+    }
+    MEET
+    for (Int unit = thread; unit < n * m->heads; unit += threads) {
+      Int t = unit / m->heads, head = unit % m->heads;
+      Int at = p->rows[t] * p->row_stride + head / (m->heads / m->kv_heads) * p->slots * size;
+      attend(q + t * queries + head * size, keys + at, values + at, p->positions[t], p, size, scores,
+             mixed + t * queries + head * size);
+    }
+    MEET
+    MULTIPLY(layer->o, mixed, y);
+    MEET
+    for (Int t = 0; t < n; t++) {
+      if (m->post_norm) normalize(&layer->attention_norm, y + t * width, h + t * width, width, 0);
+      for (Int i = 0; i < width; i++) x[t * width + i] += (m->post_norm ? h : y)[t * width + i];
+      if (!m->post_norm) normalize(&layer->feed_forward_norm, x + t * width, h + t * width, width, 0);
+    }
+    MULTIPLY(layer->gate, in, gate);
+    MULTIPLY(layer->up, in, up);
+    Int from, to;
+    share(m->inner, 16, thread, threads, &from, &to);
+    for (Int t = 0; t < n; t++)
+      for (Int i = from; i < to; i++) {
+        float z = gate[t * m->inner + i], e = exponential(z < 0 ? z : -z);
+        gate[t * m->inner + i] = z * (z < 0 ? e : 1) / (1 + e) * up[t * m->inner + i];
+      }
+    MEET
+    MULTIPLY(layer->down, gate, y);
+    MEET
+    for (Int t = 0; t < n; t++) {
+      if (m->post_norm) normalize(&layer->feed_forward_norm, y + t * width, h + t * width, width, 0);
+      for (Int i = 0; i < width; i++) x[t * width + i] += (m->post_norm ? h : y)[t * width + i];
+    }
+  }
+  for (Int t = 0; t < n; t++) {
+    normalize(&m->norm, x + t * width, h + t * width, width, 0);
+    if (!thread) memcpy(p->hidden + t * width, h + t * width, width * sizeof(float));
+  }
+  if (!m->head.codes) return;
+  for (Int t = 0; t < p->chosen; t++) memcpy(x + t * width, h + p->wanted[t] * width, width * sizeof(float));
+  multiply(&m->head, x, width, p->logits, m->head.out, p->chosen, sums, thread, threads);
+}
+
+int omp_get_thread_num(void);
+int omp_get_num_threads(void); /* may be fewer than asked for */
+
+void plait_step(const Model *model, const Pass *pass) {
+#pragma omp parallel num_threads(pass->threads)
+  run(model, pass, omp_get_thread_num(), omp_get_num_threads());
+}
