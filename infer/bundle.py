@@ -16,13 +16,13 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from plait.errors import PlaitError
 from plait.infer.shards import shard_files, write_set
 from plait.infer.target import Target
 from plait.model.config import DecoderConfig, RopeScaling
 from plait.model.decoder import Decoder
+from plait.model.hollow import hollow
 from plait.model.quantize import Quantization, quantize_
 from plait.tokenizers.base import (
     FORMAT_VERSION,
@@ -222,19 +222,10 @@ def build_decoder(config: DecoderConfig, names: Collection[str], where: Path) ->
     if config.layers > len(layers):  # a damaged file may ask for billions
         raise PlaitError(f"{where}: says {config.layers} layers, the tensors are those of {len(layers)}")
     try:
-        with torch.device("meta"), _Unset():
+        with hollow():
             return Decoder(config)
     except RuntimeError as error:
         raise PlaitError(f"{where}: decoder: no tensor can be that large ({error}); restore the file") from None
-
-
-class _Unset(TorchFunctionMode):
-    """Leave new parameters without values: to draw normal ones on the meta device imports 150 MB of modules first."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.normal_, torch.nn.init.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def read_quantization(content: dict[str, Any], where: Path) -> Quantization | None:

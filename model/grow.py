@@ -8,6 +8,7 @@ from torch import Tensor
 
 from plait.errors import PlaitError
 from plait.model.decoder import Decoder
+from plait.model.hollow import hollow
 
 HEAD_NOISE = 0.1
 EMBEDDING_NOISE = 1.0
@@ -29,7 +30,7 @@ def grow_decoder(decoder: Decoder, size: int, seed: int = 0) -> Decoder:
     if size == config.vocabulary_size:
         return decoder
     weights = grow_weights(decoder.state_dict(), size, config.tie_embeddings, seed)
-    with torch.device("meta"):
+    with hollow():
         grown = Decoder(dataclasses.replace(config, vocabulary_size=size))
     grown.load_state_dict(weights, assign=True)
     if config.tie_embeddings:

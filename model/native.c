@@ -56,81 +56,74 @@ static float from_bfloat16(uint16_t x) {
   return y;
 }
 
-/* Products of n <= 4 tokens (x and y have these strides) with the rows [from, to) of a matrix. `sums` holds the tokens'
-   sums over the groups of inputs, [n, groups]. LANES floats are loaded at a time, what remains one by one. */
+/* Products of n tokens (x and y have these strides) with the rows [from, to) of a matrix. LANES floats are loaded at a
+   time, what remains one by one. A row of 4 bits is made floats in `row` first. */
 
-#define DEFINE_PRODUCTS(NAME, TARGET, V, LANES, ZERO, FLOATS, INT8S, INT4S, FMA, SPLAT, SUM, STORE)                     \
+#define DEFINE_PRODUCTS(NAME, TARGET, V, LANES, ZERO, FLOATS, INT8S, INT4S, FMA, SPLAT, SUM, STORE)                    \
   TARGET static inline __attribute__((always_inline)) void NAME##_floats(                                              \
-      const Matrix *m, Int from, Int to, const float *x, Int xs, float *y, Int ys, const int n) {                      \
-    for (Int o = from; o < to; o++) {                                                                                  \
-      const float *row = (const float *)m->codes + o * m->in;                                                          \
-      V a[4] = {ZERO, ZERO, ZERO, ZERO}, b[4] = {ZERO, ZERO, ZERO, ZERO};                                              \
-      Int i = 0;                                                                                                       \
-      for (; i + 2 * LANES <= m->in; i += 2 * LANES) {                                                                 \
-        V w = FLOATS(row + i), u = FLOATS(row + i + LANES);                                                            \
-        for (int t = 0; t < n; t++) {                                                                                  \
-          a[t] = FMA(w, FLOATS(x + t * xs + i), a[t]);                                                                 \
-          b[t] = FMA(u, FLOATS(x + t * xs + i + LANES), b[t]);                                                         \
-        }                                                                                                              \
-      }                                                                                                                \
+      const float *row, Int in, const float *x, Int xs, float *y, Int ys, const int n) {                               \
+    V a[4] = {ZERO, ZERO, ZERO, ZERO}, b[4] = {ZERO, ZERO, ZERO, ZERO};                                                \
+    Int i = 0;                                                                                                         \
+    for (; i + 2 * LANES <= in; i += 2 * LANES) {                                                                      \
+      V w = FLOATS(row + i), u = FLOATS(row + i + LANES);                                                              \
       for (int t = 0; t < n; t++) {                                                                                    \
-        float total = SUM(a[t]) + SUM(b[t]);                                                                           \
-        for (Int j = i; j < m->in; j++) total += row[j] * x[t * xs + j];                                               \
-        y[t * ys + o] = total;                                                                                         \
+        a[t] = FMA(w, FLOATS(x + t * xs + i), a[t]);                                                                   \
+        b[t] = FMA(u, FLOATS(x + t * xs + i + LANES), b[t]);                                                           \
       }                                                                                                                \
+    }                                                                                                                  \
+    for (int t = 0; t < n; t++) {                                                                                      \
+      y[t * ys] = SUM(a[t]) + SUM(b[t]);                                                                               \
+      for (Int j = i; j < in; j++) y[t * ys] += row[j] * x[t * xs + j];                                                \
     }                                                                                                                  \
   }                                                                                                                    \
   TARGET static inline __attribute__((always_inline)) void NAME##_int8(                                                \
-      const Matrix *m, Int from, Int to, const float *x, Int xs, float *y, Int ys, const int n) {                      \
-    for (Int o = from; o < to; o++) {                                                                                  \
-      const int8_t *row = (const int8_t *)m->codes + o * m->in;                                                        \
-      V a[4] = {ZERO, ZERO, ZERO, ZERO}, b[4] = {ZERO, ZERO, ZERO, ZERO};                                              \
-      Int i = 0;                                                                                                       \
-      for (; i + 2 * LANES <= m->in; i += 2 * LANES) {                                                                 \
-        __builtin_prefetch(row + i + 1024);                                                                            \
-        V w = INT8S(row + i), u = INT8S(row + i + LANES);                                                              \
-        for (int t = 0; t < n; t++) {                                                                                  \
-          a[t] = FMA(w, FLOATS(x + t * xs + i), a[t]);                                                                 \
-          b[t] = FMA(u, FLOATS(x + t * xs + i + LANES), b[t]);                                                         \
-        }                                                                                                              \
-      }                                                                                                                \
+      const int8_t *row, Int in, float scale, const float *x, Int xs, float *y, Int ys, const int n) {                 \
+    V a[4] = {ZERO, ZERO, ZERO, ZERO}, b[4] = {ZERO, ZERO, ZERO, ZERO};                                                \
+    Int i = 0;                                                                                                         \
+    for (; i + 2 * LANES <= in; i += 2 * LANES) {                                                                      \
+      __builtin_prefetch(row + i + 1024);                                                                              \
+      V w = INT8S(row + i), u = INT8S(row + i + LANES);                                                                \
       for (int t = 0; t < n; t++) {                                                                                    \
-        float total = SUM(a[t]) + SUM(b[t]);                                                                           \
-        for (Int j = i; j < m->in; j++) total += row[j] * x[t * xs + j];                                               \
-        y[t * ys + o] = total * from_bfloat16(m->scales[o]);                                                           \
+        a[t] = FMA(w, FLOATS(x + t * xs + i), a[t]);                                                                   \
+        b[t] = FMA(u, FLOATS(x + t * xs + i + LANES), b[t]);                                                           \
       }                                                                                                                \
     }                                                                                                                  \
+    for (int t = 0; t < n; t++) {                                                                                      \
+      float total = SUM(a[t]) + SUM(b[t]);                                                                             \
+      for (Int j = i; j < in; j++) total += row[j] * x[t * xs + j];                                                    \
+      y[t * ys] = total * scale;                                                                                       \
+    }                                                                                                                  \
   }                                                                                                                    \
-  TARGET static inline __attribute__((always_inline)) void NAME##_int4(const Matrix *m, Int from, Int to,              \
-                                                                       const float *x, Int xs, const float *sums,     \
-                                                                       float *y, Int ys, const int n) {               \
+  TARGET static void NAME##_unpack(const Matrix *m, Int o, float *row) {                                               \
     Int groups = (m->in + m->group - 1) / m->group;                                                                    \
-    for (Int o = from; o < to; o++) {                                                                                  \
-      const uint8_t *row = (const uint8_t *)m->codes + o * ((m->in + 1) / 2);                                          \
-      V a[4] = {ZERO, ZERO, ZERO, ZERO};                                                                               \
-      float rest[4] = {0, 0, 0, 0};                                                                                    \
-      for (Int g = 0; g < groups; g++) {                                                                               \
-        float scale = from_bfloat16(m->scales[o * groups + g]), zero = from_bfloat16(m->zeros[o * groups + g]);        \
-        Int i = g * m->group, end = i + m->group < m->in ? i + m->group : m->in;                                       \
-        V part[4] = {ZERO, ZERO, ZERO, ZERO};                                                                          \
-        __builtin_prefetch(row + i / 2 + 1024);                                                                        \
-        for (; i + LANES <= end; i += LANES) {                                                                         \
-          V w = INT4S(row + i / 2);                                                                                    \
-          for (int t = 0; t < n; t++) part[t] = FMA(w, FLOATS(x + t * xs + i), part[t]);                               \
-        }                                                                                                              \
-        for (int t = 0; t < n; t++) {                                                                                  \
-          a[t] = FMA(SPLAT(scale), part[t], a[t]);                                                                     \
-          rest[t] += zero * sums[t * groups + g];                                                                      \
-          for (Int j = i; j < end; j++)                                                                                \
-            rest[t] += scale * ((float)(row[j / 2] >> (j % 2 * 4) & 15) - 8) * x[t * xs + j];                          \
-        }                                                                                                              \
+    const uint8_t *codes = (const uint8_t *)m->codes + o * ((m->in + 1) / 2);                                          \
+    for (Int g = 0; g < groups; g++) {                                                                                 \
+      float scale = from_bfloat16(m->scales[o * groups + g]);                                                          \
+      float zero = from_bfloat16(m->zeros[o * groups + g]) - 8 * scale;                                                \
+      Int i = g * m->group, end = i + m->group < m->in ? i + m->group : m->in;                                         \
+      __builtin_prefetch(codes + i / 2 + 1024);                                                                        \
+      for (; i + 2 * LANES <= end; i += 2 * LANES) {                                                                   \
+        V w, u;                                                                                                        \
+        INT4S(codes + i / 2, &w, &u);                                                                                  \
+        STORE(row + i, FMA(w, SPLAT(scale), SPLAT(zero)));                                                             \
+        STORE(row + i + LANES, FMA(u, SPLAT(scale), SPLAT(zero)));                                                     \
       }                                                                                                                \
-      for (int t = 0; t < n; t++) y[t * ys + o] = SUM(a[t]) + rest[t];                                                 \
+      for (; i < end; i++) row[i] = (codes[i / 2] >> (i % 2 * 4) & 15) * scale + zero;                                 \
     }                                                                                                                  \
   }                                                                                                                    \
-  TARGET static void NAME(const Matrix *m, Int from, Int to, const float *x, Int xs, const float *sums, float *y,      \
-                          Int ys, int n) {                                                                             \
-    CASES(NAME, 1) CASES(NAME, 2) CASES(NAME, 3) CASES(NAME, 4)                                                        \
+  TARGET static void NAME(const Matrix *m, Int from, Int to, const float *x, Int xs, float *y, Int ys, Int n,          \
+                          float *row) {                                                                                \
+    for (Int o = from; o < to; o++) {                                                                                  \
+      const void *codes = (const char *)m->codes + o * m->in * (m->bits / 8);                                          \
+      float scale = m->bits == 8 ? from_bfloat16(m->scales[o]) : 1;                                                    \
+      if (m->bits == 4) NAME##_unpack(m, o, row), codes = row;                                                         \
+      for (Int t = 0; t < n; t += 4) {                                                                                 \
+        const float *in = x + t * xs;                                                                                  \
+        float *out = y + t * ys + o;                                                                                   \
+        if (m->bits == 8) EACH_COUNT(NAME##_int8(codes, m->in, scale, in, xs, out, ys, COUNT))                         \
+        else EACH_COUNT(NAME##_floats(codes, m->in, in, xs, out, ys, COUNT))                                           \
+      }                                                                                                                \
+    }                                                                                                                  \
   }                                                                                                                    \
   TARGET static void NAME##_mix(const float *weights, const float *values, Int count, Int size, float *out) {          \
     Int j = 0;                                                                                                         \
@@ -153,19 +146,22 @@ static float from_bfloat16(uint16_t x) {
     return total;                                                                                                      \
   }
 
-#define CASES(NAME, N)                                                                    \
-  if (n == N) {                                                                           \
-    if (m->bits == 32) NAME##_floats(m, from, to, x, xs, y, ys, N);                       \
-    else if (m->bits == 8) NAME##_int8(m, from, to, x, xs, y, ys, N);                     \
-    else NAME##_int4(m, from, to, x, xs, sums, y, ys, N);                                 \
+/* A call for up to four tokens, with their number a constant. */
+#define EACH_COUNT(call)              \
+  switch (n - t) {                    \
+    case 1: { enum { COUNT = 1 }; call; break; } \
+    case 2: { enum { COUNT = 2 }; call; break; } \
+    case 3: { enum { COUNT = 3 }; call; break; } \
+    default: { enum { COUNT = 4 }; call; }       \
   }
 
-
-/* 4 bits come two a byte, so that a vector has at least two of them. */
+/* Any processor: a vector of two, as codes of 4 bits come two a byte. */
 typedef struct { float low, high; } Pair;
 static inline Pair pair_load(const float *p) { return (Pair){p[0], p[1]}; }
 static inline Pair pair_int8(const int8_t *p) { return (Pair){p[0], p[1]}; }
-static inline Pair pair_int4(const uint8_t *p) { return (Pair){(float)(*p & 15) - 8, (float)(*p >> 4) - 8}; }
+static inline void pair_int4(const uint8_t *p, Pair *first, Pair *second) {
+  *first = (Pair){p[0] & 15, p[0] >> 4}, *second = (Pair){p[1] & 15, p[1] >> 4};
+}
 static inline Pair pair_fma(Pair a, Pair b, Pair c) { return (Pair){a.low * b.low + c.low, a.high * b.high + c.high}; }
 static inline Pair pair_splat(float x) { return (Pair){x, x}; }
 static inline float pair_sum(Pair a) { return a.low + a.high; }
@@ -179,24 +175,26 @@ DEFINE_PRODUCTS(plain, , Pair, 2, PAIR_ZERO, pair_load, pair_int8, pair_int4, pa
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
 #define INLINE static inline __attribute__((always_inline))
 
-AVX2 INLINE __m128i nibbles(const uint8_t *p) { /* 16 codes less 8 */
-  __m128i bytes = _mm_loadl_epi64((const __m128i *)p), mask = _mm_set1_epi8(15);
-  __m128i both = _mm_unpacklo_epi8(_mm_and_si128(bytes, mask), _mm_and_si128(_mm_srli_epi16(bytes, 4), mask));
-  return _mm_sub_epi8(both, _mm_set1_epi8(8));
-}
 AVX512 INLINE __m512 wide_int8(const int8_t *p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
-AVX512 INLINE __m512 wide_int4(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(nibbles(p))); }
+AVX512 INLINE void wide_int4(const uint8_t *p, __m512 *first, __m512 *second) {
+  __m128i bytes = _mm_loadu_si128((const __m128i *)p), mask = _mm_set1_epi8(15);
+  __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  *first = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)));
+  *second = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(low, high)));
+}
 DEFINE_PRODUCTS(avx512, AVX512, __m512, 16, _mm512_setzero_ps(), _mm512_loadu_ps, wide_int8, wide_int4, _mm512_fmadd_ps,
                 _mm512_set1_ps, _mm512_reduce_add_ps, _mm512_storeu_ps)
 
 AVX2 INLINE __m256 half_int8(const int8_t *p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
-AVX2 INLINE __m256 half_int4(const uint8_t *p) {
-  uint8_t four[8] = {p[0], p[1], p[2], p[3]}; /* no byte beyond the row's end */
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(nibbles(four)));
+AVX2 INLINE void half_int4(const uint8_t *p, __m256 *first, __m256 *second) {
+  __m128i bytes = _mm_loadl_epi64((const __m128i *)p), mask = _mm_set1_epi8(15);
+  __m128i both = _mm_unpacklo_epi8(_mm_and_si128(bytes, mask), _mm_and_si128(_mm_srli_epi16(bytes, 4), mask));
+  *first = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(both));
+  *second = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(both, 8)));
 }
 AVX2 INLINE float half_sum(__m256 x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -207,7 +205,7 @@ DEFINE_PRODUCTS(avx2, AVX2, __m256, 8, _mm256_setzero_ps(), _mm256_loadu_ps, hal
                 _mm256_set1_ps, half_sum, _mm256_storeu_ps)
 #endif
 
-typedef void Products(const Matrix *, Int, Int, const float *, Int, const float *, float *, Int, int);
+typedef void Products(const Matrix *, Int, Int, const float *, Int, float *, Int, Int, float *);
 typedef void Mix(const float *, const float *, Int, Int, float *);
 typedef float Dot(const float *, const float *, Int);
 
@@ -237,27 +235,14 @@ static void share(Int n, Int block, Int thread, Int threads, Int *from, Int *to)
   if (*from > n) *from = n;
 }
 
-/* y [n, ys] = x [n, xs] times the matrix, the thread's rows of it. */
-static void multiply(const Matrix *m, const float *x, Int xs, float *y, Int ys, Int n, float *sums, Int thread,
-                     Int threads) {
-  Int from, to, groups = m->bits == 4 ? (m->in + m->group - 1) / m->group : 0;
+/* y [n, out] = x [n, in] times the matrix, the thread's rows of it. */
+static void multiply(const Matrix *m, const float *x, float *y, Int n, float *row, Int thread, Int threads) {
+  Int from, to;
   share(m->out, 16, thread, threads, &from, &to);
-  for (Int first = 0; first < n; first += 4) {
-    int count = n - first < 4 ? (int)(n - first) : 4;
-    const float *part = x + first * xs;
-    for (int t = 0; t < count; t++)
-      for (Int g = 0; g < groups; g++) {
-        float total = 0;
-        Int end = (g + 1) * m->group < m->in ? (g + 1) * m->group : m->in;
-#pragma omp simd reduction(+ : total)
-        for (Int i = g * m->group; i < end; i++) total += part[t * xs + i];
-        sums[t * groups + g] = total;
-      }
-    products(m, from, to, part, xs, sums, y + first * ys, ys, count);
-  }
+  products(m, from, to, x, m->in, y, m->out, n, row);
   if (m->bias)
     for (Int t = 0; t < n; t++)
-      for (Int o = from; o < to; o++) y[t * ys + o] += m->bias[o];
+      for (Int o = from; o < to; o++) y[t * m->out + o] += m->bias[o];
 }
 
 static void normalize(const Norm *norm, const float *x, float *y, Int n, Int head) {
@@ -325,7 +310,7 @@ static void attend(const float *q, const float *keys, const float *values, Int p
 static Int own_floats(const Model *m, const Pass *p) {
   Int widest = m->width > m->inner ? m->width : m->inner;
   widest = widest > m->heads * m->head_size ? widest : m->heads * m->head_size;
-  return (2 * p->tokens * m->width + p->slots + 4 * widest + 15) / 16 * 16;
+  return (2 * p->tokens * m->width + p->slots + widest + 15) / 16 * 16;
 }
 
 static Int shared_floats(const Model *m, const Pass *p) {
@@ -339,9 +324,9 @@ static void run(const Model *m, const Pass *p, Int thread, Int threads) {
   float *q = p->work, *k = q + n * queries, *v = k + n * kv, *mixed = v + n * kv, *y = mixed + n * queries;
   float *gate = y + n * width, *up = gate + n * m->inner;
   float *x = p->work + shared_floats(m, p) + thread * own_floats(m, p), *h = x + n * width, *scores = h + n * width;
-  float *sums = scores + p->slots;
+  float *row = scores + p->slots;
 #define MULTIPLY(matrix, from, to) \
-  multiply(&matrix, from, matrix.in, to, matrix.out, n, sums, thread, threads)
+  multiply(&matrix, from, to, n, row, thread, threads)
 #define MEET _Pragma("omp barrier")
   memcpy(x, p->embedded, n * width * sizeof(float));
   for (Int index = 0; index < m->layers; index++) {
@@ -405,7 +390,7 @@ static void run(const Model *m, const Pass *p, Int thread, Int threads) {
   }
   if (!m->head.codes) return;
   for (Int t = 0; t < p->chosen; t++) memcpy(x + t * width, h + p->wanted[t] * width, width * sizeof(float));
-  multiply(&m->head, x, width, p->logits, m->head.out, p->chosen, sums, thread, threads);
+  multiply(&m->head, x, p->logits, p->chosen, row, thread, threads);
 }
 
 int omp_get_thread_num(void);

@@ -241,7 +241,7 @@ def quantize_linear(linear: nn.Linear, settings: Quantization | str) -> Quantize
 
 
 def pack_(module: nn.Module) -> None:
-    """`QuantizedLinear.pack` for all of a module's layers, unless there is native code, which takes codes as they are."""
+    """`QuantizedLinear.pack` for all of a module's layers, unless there is native code that takes plain codes."""
     from plait.model.native import library
 
     if library() is None:

@@ -94,7 +94,7 @@ class Step:
             wanted: int64 ``[n]``, indices into B·T of the tokens whose logits are wanted.
 
         Returns:
-            hidden states before the head ``[B, T, width]``; logits ``[n, vocabulary_size]``, or None if the head is to come.
+            hidden states before the head ``[B, T, width]``; logits ``[n, vocabulary_size]``, None if they are to come.
         """
         if self.native is not None and self.native.takes(tokens, place.cache):
             return self.native(self.embed(tokens), table, positions, place.cache, wanted)

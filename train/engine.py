@@ -16,6 +16,7 @@ from plait.errors import PlaitError
 from plait.train.processes import set_environment
 from plait.train.recipe import DecoderRecipe
 
+REDUCE_BUCKET = 500_000_000  # values that ZeRO reduces at once
 _OTHER_CHECKPOINT = "write the name of another one into 'latest' beside it, or start in another folder"
 
 
@@ -71,12 +72,17 @@ class Engine:
         self._deepspeed = deepspeed
         self.micro_batch, self.accumulation = divide_batch(recipe, world_size)
         self._scale = world_size * self.accumulation
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         config = {
             "train_batch_size": recipe.global_batch,
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": recipe.optimizer.clip,
-            "zero_optimization": {"stage": recipe.parallel.zero},
+            "zero_optimization": {
+                "stage": recipe.parallel.zero,
+                # DeepSpeed's default, but no more than there is: it allocates that much whatever the model's size.
+                "reduce_bucket_size": min(REDUCE_BUCKET, max(1, trained)),
+            },
             "bf16": {"enabled": recipe.parallel.dtype == "bfloat16"},
             "steps_per_print": 1 << 40,
         }

@@ -13,8 +13,8 @@ from torch import nn
 
 from plait.model.cost import Activations
 from plait.model.decoder import Decoder
+from plait.train.engine import REDUCE_BUCKET
 
-BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, allocated whatever the model's size
 LIVE = 1_000_000_000  # its stage3_max_live_parameters, and the size of its sub-groups
 PERSISTENT = 100_000  # its stage3_param_persistence_threshold: smaller tensors stay whole on every device
 
@@ -102,7 +102,7 @@ def training_memory(model: ModelSize, activations: Activations, value_bytes: int
     """
     mixed = value_bytes == 2
     parameters: float = model.parameters
-    communication: float = BUCKET if zero else 0
+    communication: float = min(REDUCE_BUCKET, model.trained) if zero else 0
     if zero == 3:
         parameters = model.parameters / world_size + (model.small if world_size > 1 else 0)
         # Parameters that come again soon stay gathered; the largest module's gradient is there beside them.

@@ -14,7 +14,8 @@ from plait.model.cost import Activations
 from plait.model.decoder import Decoder
 from plait.model.loss import Targets
 from plait.train.engine import Engine, start_distributed
-from plait.train.memory import BUCKET, PERSISTENT, ModelSize, training_memory
+from plait.train.engine import REDUCE_BUCKET
+from plait.train.memory import PERSISTENT, ModelSize, training_memory
 from plait.train.optimizer import build_optimizer
 from plait.train.recipe import DecoderRecipe, ParallelConfig
 
@@ -96,7 +97,7 @@ def test_stages_trade_memory_for_communication() -> None:
         stages = [training_memory(size, NOTHING, value_bytes, zero, 8) for zero in range(4)]
         assert sorted(stages, key=lambda memory: -memory.states) == stages
         assert [m.communication > 0 for m in stages] == [False, True, True, True]
-        assert stages[1].communication == BUCKET * value_bytes
+        assert stages[1].communication == REDUCE_BUCKET * value_bytes
         assert stages[0].states == 16 * 10**9
 
 
