@@ -224,8 +224,9 @@ def build_decoder(config: DecoderConfig, names: Collection[str], where: Path) ->
     try:
         with hollow():
             return Decoder(config)
-    except RuntimeError as error:
-        raise PlaitError(f"{where}: decoder: no tensor can be that large ({error}); restore the file") from None
+    except (RuntimeError, TypeError, OverflowError) as error:  # PyTorch's for sizes beyond its own
+        reason = str(error).splitlines()[0]
+        raise PlaitError(f"{where}: decoder: no tensor can be that large ({reason}); restore the file") from None
 
 
 def read_quantization(content: dict[str, Any], where: Path) -> Quantization | None:

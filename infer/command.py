@@ -42,6 +42,7 @@ def generate_files(
     n: int | None,
     stream: bool,
     settings: dict[str, Any],
+    quantize: str | None = None,
 ) -> list[str]:
     """Generate and write.
 
@@ -54,7 +55,7 @@ def generate_files(
     parts = [parse_part(argument) for argument in arguments]
     if to not in (*EXTENSIONS, "interleaved"):
         raise PlaitError(f"--to {to}: expected {', '.join(EXTENSIONS)} or interleaved")
-    model = load(bundle)
+    model = load(bundle, quantize=quantize)
     if to != "interleaved" and model.modalities and to not in model.modalities:
         raise PlaitError(f"--to {to}: {bundle} has no {to}; it has {', '.join(model.modalities)}")
     paths = output_paths(out, to, n)

@@ -93,16 +93,16 @@ def export_checkpoint(
     files = [LazyFile(path, budget) for path in paths]
     where = {name: file for file in files for name in file.meta}
     check_tensors(folder, config, {name: (file.path, file.meta[name].shape) for name, file in where.items()})
-    origin = content.get("origin") if isinstance(content.get("origin"), dict) else {}
+    origin = _read_origin(content.get("origin") or {}, folder / "config.json")
     dtypes = DTYPES[dtype] if dtype else None
-    source = _Source(folder, config, vocabulary, content["context"], origin or {}, files, dtypes, where)
-    sums = content.get("sha256") if isinstance(content.get("sha256"), dict) else {}
-    to_read = sum(path.stat().st_size for path in paths if path.name in (sums or {}))
+    source = _Source(folder, config, vocabulary, content["context"], origin, files, dtypes, where)
+    sums: dict[str, Any] = content["sha256"] if isinstance(content.get("sha256"), dict) else {}
+    to_read = sum(path.stat().st_size for path in paths if path.name in sums)
     to_write = sum(source.meta(name).nbytes for name in where)
     tell = count_bytes(advance, to_read + to_write)
     for path in paths:
-        if path.name in (sums or {}):
-            verify(path, str((sums or {})[path.name]), folder / "config.json", tell)
+        if path.name in sums:
+            verify(path, str(sums[path.name]), folder / "config.json", tell)
 
     def written(done: int, total: int) -> None:
         advance(to_read + done * to_write // max(1, total), to_read + to_write)
@@ -113,6 +113,20 @@ def export_checkpoint(
     (partial / STATE).unlink(missing_ok=True)
     replace_folder(out, partial)
     return {"checkpoint": str(out), "to": to, "parameters": sum(source.meta(name).numel() for name in where), **facts}
+
+
+def _read_origin(origin: Any, where: Path) -> dict[str, Any]:
+    """What an import has noted for this."""
+    if not isinstance(origin, dict):
+        raise PlaitError(f"{where}: origin is {str(origin)[:60]!r}, must be an object; restore the file")
+    kinds = {"family": str, "model_type": str, "token_ids": dict, "vocabulary_map": dict, "vq_config": dict}
+    for name, kind in kinds.items():
+        if not isinstance(origin.get(name, kind()), kind):
+            expected = "text" if kind is str else "an object"
+            raise PlaitError(
+                f"{where}: origin.{name} is {str(origin[name])[:60]!r}, must be {expected}; restore the file"
+            )
+    return origin
 
 
 # transformers

@@ -127,6 +127,9 @@ def _open_transformers(folder: Path, kind: str | None) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise PlaitError(f"{folder / 'config.json'}: no such file; copy it from where the weights came")
     settings = read_json(folder / "config.json")
+    for name in ("vocabulary_map", "vq_config"):
+        if not isinstance(settings.get(name) or {}, dict):
+            raise PlaitError(f"{folder}/config.json: {name} is {str(settings[name])[:60]!r}, must be an object")
     files = _open_files(_weight_files(folder), shards_of_all=1)
     found = {name: file for file in files for name in file.meta}
     names = find_names(found)

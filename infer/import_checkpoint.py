@@ -56,9 +56,10 @@ def import_checkpoint(
     opened = open_checkpoint(source, kind)
     out = check_target(out, opened.folder, replaces="vocabulary.json")
     found_text, found_visual = _find_tokenizers(opened)
-    tokenizer = _visual(opened, visual or found_visual)
+    visual = visual or found_visual
+    tokenizer = _visual(opened, visual)
     family = read_family(
-        opened.family, opened.folder, tokenizer, opened.config.vocabulary_size, text=text or found_text
+        opened.family, opened.folder, tokenizer, opened.config.vocabulary_size, text or found_text, visual
     )
     if family.vocabulary.size != opened.config.vocabulary_size:
         raise PlaitError(

@@ -21,6 +21,8 @@ from plait.infer.generate import Request, generate
 from plait.infer.prompting import Piece, Prompter, check_ids
 from plait.infer.sampling import Sampling, restrict
 from plait.infer.target import PLAIN, Target
+from plait.model.quantize import pack_
+from plait.model.quantize_gpu import use_torchao_
 from plait.tokenizers.grammar import Cursor, Grammar, Span
 from plait.tokenizers.grids import GridForm
 from plait.tokenizers.loading import find_weights
@@ -77,23 +79,34 @@ class Score:
     per_token: Tensor
 
 
-def load(name: str | Path = "plait-tiny", device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Model":
+def load(
+    name: str | Path = "plait-tiny",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: str | None = None,
+) -> "Model":
     """Load a bundle.
 
     Args:
         name: a path, or a shipped bundle's name.
         device: "cpu", "cuda" or "cuda:1", ….
         dtype: of the decoder's weights; tokenizers stay in float32.
+        quantize: "int8" or "int4" keeps the decoder's weights in so few bits, and multiplies with them in ``dtype``.
 
     Raises:
-        PlaitError: not found, damaged or mismatched, or no such device.
+        PlaitError: not found, damaged or mismatched, no such device, or quantized already.
     """
     known = re.fullmatch(r"cpu|cuda(?::(\d+))?", str(device), re.ASCII)
     if not known:
         raise PlaitError(f"device: {device!r} must be cpu, cuda or cuda with a number, such as cuda:1")
     if known[0] != "cpu" and int(known[1] or 0) >= (found := torch.cuda.device_count()):
         raise PlaitError(f"device: {device} was asked for and PyTorch finds {found} GPUs; use cpu or another number")
-    return Model(load_bundle(find_weights(name), device, dtype))
+    bundle = load_bundle(find_weights(name), device, dtype, quantize)
+    if known[0] == "cpu":
+        pack_(bundle.decoder)
+    else:
+        use_torchao_(bundle.decoder, dtype)
+    return Model(bundle)
 
 
 class Model:

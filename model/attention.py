@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.model.config import DecoderConfig
+from plait.model.norm import RMSNorm
 from plait.model.rope import Table, rotate
 
 
@@ -36,7 +37,7 @@ def build_qk_norm(config: DecoderConfig, heads: int) -> nn.Module:
     """The norm on queries or keys."""
     match config.qk_norm:
         case "rms":
-            return nn.RMSNorm(config.head_size, eps=config.norm_eps)
+            return RMSNorm(config.head_size, eps=config.norm_eps)
         case "layer":
             return HeadNorm(heads, config.head_size)
     return nn.Identity()

@@ -201,10 +201,10 @@ def count_activations(
 ) -> Activations:
     """What a micro-batch needs besides parameters and their gradients.
 
-    It counts what plait's blocks hand to autograd with a GPU's fused norms and attention: what goes into both norms and
+    It counts what plait's blocks hand to autograd with fused norms and attention: what goes into both norms and
     into the projections after them, queries, keys and values as they are attended to (and as they came, with QK-norm),
-    attention's output, and in SwiGLU four tensors of the inner width. A compiler may keep less. A CPU keeps more: norms
-    that are not fused, padding between documents, and all scores with ``attention_dropout``.
+    attention's output, and in SwiGLU four tensors of the inner width. A compiler may keep less. A CPU keeps more:
+    padding between documents, and all scores with ``attention_dropout``.
 
     Args:
         config: the decoder.

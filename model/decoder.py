@@ -16,6 +16,7 @@ from plait.model.attention import Attention, Place
 from plait.model.cache import Cached, KVCache
 from plait.model.config import DecoderConfig
 from plait.model.loss import Head, LossSums, Targets
+from plait.model.norm import RMSNorm
 from plait.model.packing import find_documents
 from plait.model.rope import Rotary, Table
 from plait.model.step import Step
@@ -40,9 +41,9 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.width, eps=config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
         self.normalizes_first = config.norm_placement == "pre"
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocabulary_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.lm_head = Head(config.width, config.vocabulary_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -112,15 +113,19 @@ class Decoder(nn.Module):
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: KVCache, last: Tensor) -> Tensor:
         """Feed tokens through the cache and return the logits after index ``last`` ``[B]`` of each row, ``[B, V]``."""
         rows, count = tokens.shape
-        wanted = torch.arange(rows, device=tokens.device) * count + (last if count > 1 else 0)
+        wanted = torch.arange(rows, device=tokens.device)
+        if count > 1:
+            wanted = wanted * count + last
         if self._step is None or not self._step.is_current():
             self._step = Step(self)
         if self.training or self._step.has_hooks():
             hidden = self._hidden(tokens, positions, cache)
+        elif (native := self._step.native) is not None and native.takes(tokens, cache):
+            cache.place(positions)
+            chosen = native(tokens, positions, cache, wanted)
+            return chosen if native.has_head else self.lm_head(chosen).float()
         else:
-            hidden, logits = self._step(tokens, *self._place(positions, cache), positions, wanted)
-            if logits is not None:
-                return logits
+            hidden = self._step(tokens, *self._place(positions, cache))
         return self.lm_head(hidden.flatten(0, 1)[wanted]).float()
 
     def _hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:

@@ -15,8 +15,7 @@ from plait.model.foreign_rope import PARTIAL, Fields, older_rope, read_rope, wri
 _COMMON: Fields = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": None,
     "head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0,
-    "attention_dropout": 0.0, "attention_bias": False, "mlp_bias": False, "sliding_window": None,
-    "partial_rotary_factor": None,
+    "attention_dropout": 0.0, "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": None,
 }  # fmt: skip
 _EMU3 = {
     "vocab_size": 184622, "intermediate_size": 14336, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
@@ -51,6 +50,7 @@ _HARMLESS = {
     "return_dict", "rope_parameters", "rope_scaling", "task_specific_params", "text_config", "tokenizer_class",
     "torch_dtype", "transformers_version", "unsloth_version", "use_cache", "vocabulary_map", "vq_config",
 }  # fmt: skip
+_SLIDING = "sliding_attention"
 _WHY = {
     "quantization_config": "the weights are quantized, which is not read; import the unquantized release",
     "mlp_bias": "biases in the feed-forward layers are not supported",
@@ -81,7 +81,7 @@ def from_transformers(content: Fields, tensors: Collection[str]) -> tuple[Decode
     refuse_unknown(content, {*known, *_HARMLESS}, "config.json")
     # A null stands for the default of these.
     f = known | {k: v for k, v in content.items() if v is not None or known.get(k) is None}
-    f["sliding_window"] = content.get("sliding_window", known["sliding_window"])
+    f["sliding_window"] = content.get("sliding_window", known.get("sliding_window"))
     for name in ("attention_bias", "mlp_bias"):
         if f[name]:
             reason = _WHY.get(name, "a bias in the output projection of attention is not supported")
@@ -151,20 +151,24 @@ def refuse_unknown(content: Fields, known: Iterable[str], where: str) -> None:
 
 def _read_window(kind: str, f: Fields) -> int:
     """Tokens in the sliding window, 0 without one; the same in every layer."""
-    window = f["sliding_window"] or 0
-    layers, types = f["num_hidden_layers"], f.get("layer_types")
-    if kind.startswith("qwen") and not f["use_sliding_window"]:
-        window, types = 0, types if types and "sliding_attention" in types else None
-    if types is None and kind.startswith("qwen") and window:
+    window, types, layers = f["sliding_window"] or 0, f.get("layer_types") or [], f["num_hidden_layers"]
+    if type(window) is not int or window < 0:
+        raise PlaitError(f"config.json: sliding_window is {window!r}, must be a whole number of at least 0")
+    if not isinstance(types, list) or (strange := [t for t in types if t not in ("full_attention", _SLIDING)]):
+        found = strange[0] if isinstance(types, list) else types
+        raise PlaitError(f"config.json: layer_types has {found!r}, which is not supported")
+    if kind.startswith("qwen"):
+        window = window if f["use_sliding_window"] else 0
         first = f["max_window_layers"]
-        types = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(0, layers - first)
+        if window and not types:
+            if type(first) is not int or first < 0:
+                raise PlaitError(f"config.json: max_window_layers is {first!r}, must be a whole number of at least 0")
+            types = ["full_attention"] * min(first, layers) + [_SLIDING] * (layers > first)
     if not types:
-        return int(window)
-    if strange := set(types) - {"full_attention", "sliding_attention"}:
-        raise PlaitError(f"config.json: layer_types has {min(strange)!r}, which is not supported")
-    if len(set(types)) > 1 or ("sliding_attention" in types and not window):
+        return window
+    if len(set(types)) > 1 or (_SLIDING in types and not window):
         raise PlaitError("config.json: layer_types mixes full and sliding attention, which is not supported")
-    return int(window) if "sliding_attention" in types else 0
+    return window if _SLIDING in types else 0
 
 
 # Export to transformers

@@ -22,8 +22,8 @@ _ROPE_FIELDS = {
 
 
 def read_rope(f: Fields, content: Fields) -> tuple[float, RopeScaling]:
-    """Base and scaling, from transformers 5's ``rope_parameters`` or the two fields of earlier versions."""
-    name = "rope_parameters" if content.get("rope_parameters") else "rope_scaling"
+    """Base and scaling, from the two fields of transformers 4 or, where the second is off, ``rope_parameters`` of 5."""
+    name = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
     rope = content.get(name) or {}
     if not isinstance(rope, dict):
         raise PlaitError(f"config.json: {name} is {rope!r}, expected an object")

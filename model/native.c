@@ -34,19 +34,21 @@ typedef struct {
   Norm norm;
   Matrix head;
   const Layer *layer;
+  const float *embedding;   /* [vocabulary, width], or NULL */
+  const float *frequencies; /* [head_size / 2], radians per position */
+  double rotary_factor;     /* on cosines and sines */
 } Model;
 
 typedef struct {
   Int tokens, threads, chosen;
+  const Int *ids;              /* [tokens], if there is an embedding, or else */
   const float *embedded;       /* [tokens, width] */
-  const float *cosines, *sines; /* [tokens, head_size / 2] */
   const Int *rows, *positions; /* [tokens] */
   const Int *wanted;           /* [chosen], the tokens whose logits are wanted */
   float *keys, *values;        /* [layers, rows, kv_heads, slots, head_size] */
   Int layer_stride, row_stride, slots, window;
   float *work;   /* `plait_work` floats */
-  float *hidden; /* [tokens, width], after the last norm */
-  float *logits; /* [chosen, vocabulary], if there is a head */
+  float *out;    /* [chosen, vocabulary], or [chosen, width] after the last norm if there is no head */
 } Pass;
 
 static float from_bfloat16(uint16_t x) {
@@ -56,72 +58,74 @@ static float from_bfloat16(uint16_t x) {
   return y;
 }
 
-/* Products of n tokens (x and y have these strides) with the rows [from, to) of a matrix. LANES floats are loaded at a
-   time, what remains one by one. A row of 4 bits is made floats in `row` first. */
+/* Products of n tokens (x and y have these strides) with the rows [from, to) of a matrix. Four rows that lie far apart
+   are read at a time: more streams bring more bytes from memory. LANES floats are loaded at a time, what remains one by
+   one. Rows of 4 bits are made floats in `unpacked` first. */
 
-#define DEFINE_PRODUCTS(NAME, TARGET, V, LANES, ZERO, FLOATS, INT8S, INT4S, FMA, SPLAT, SUM, STORE)                    \
-  TARGET static inline __attribute__((always_inline)) void NAME##_floats(                                              \
-      const float *row, Int in, const float *x, Int xs, float *y, Int ys, const int n) {                               \
-    V a[4] = {ZERO, ZERO, ZERO, ZERO}, b[4] = {ZERO, ZERO, ZERO, ZERO};                                                \
+#define DEFINE_PRODUCTS(NAME, TARGET, V, LANES, MOST, ZERO, FLOATS, INT8S, INT4S, FMA, SPLAT, SUM, STORE)              \
+  TARGET static inline __attribute__((always_inline)) void NAME##_tile(                                                \
+      const void *const *rows, const int many, const int is_int8, const float *scales, Int in, const float *x, Int xs, \
+      const int n, float *y, Int ys, Int apart) {                                                                      \
+    V a[4][4];                                                                                                         \
+    for (int r = 0; r < many; r++)                                                                                     \
+      for (int t = 0; t < n; t++) a[r][t] = ZERO;                                                                      \
     Int i = 0;                                                                                                         \
-    for (; i + 2 * LANES <= in; i += 2 * LANES) {                                                                      \
-      V w = FLOATS(row + i), u = FLOATS(row + i + LANES);                                                              \
-      for (int t = 0; t < n; t++) {                                                                                    \
-        a[t] = FMA(w, FLOATS(x + t * xs + i), a[t]);                                                                   \
-        b[t] = FMA(u, FLOATS(x + t * xs + i + LANES), b[t]);                                                           \
+    for (; i + LANES <= in; i += LANES)                                                                                \
+      for (int r = 0; r < many; r++) {                                                                                 \
+        V w = is_int8 ? INT8S((const int8_t *)rows[r] + i) : FLOATS((const float *)rows[r] + i);                       \
+        for (int t = 0; t < n; t++) a[r][t] = FMA(w, FLOATS(x + t * xs + i), a[r][t]);                                 \
       }                                                                                                                \
-    }                                                                                                                  \
-    for (int t = 0; t < n; t++) {                                                                                      \
-      y[t * ys] = SUM(a[t]) + SUM(b[t]);                                                                               \
-      for (Int j = i; j < in; j++) y[t * ys] += row[j] * x[t * xs + j];                                                \
-    }                                                                                                                  \
-  }                                                                                                                    \
-  TARGET static inline __attribute__((always_inline)) void NAME##_int8(                                                \
-      const int8_t *row, Int in, float scale, const float *x, Int xs, float *y, Int ys, const int n) {                 \
-    V a[4] = {ZERO, ZERO, ZERO, ZERO}, b[4] = {ZERO, ZERO, ZERO, ZERO};                                                \
-    Int i = 0;                                                                                                         \
-    for (; i + 2 * LANES <= in; i += 2 * LANES) {                                                                      \
-      __builtin_prefetch(row + i + 1024);                                                                              \
-      V w = INT8S(row + i), u = INT8S(row + i + LANES);                                                                \
+    for (int r = 0; r < many; r++)                                                                                     \
       for (int t = 0; t < n; t++) {                                                                                    \
-        a[t] = FMA(w, FLOATS(x + t * xs + i), a[t]);                                                                   \
-        b[t] = FMA(u, FLOATS(x + t * xs + i + LANES), b[t]);                                                           \
+        float total = SUM(a[r][t]);                                                                                    \
+        for (Int j = i; j < in; j++)                                                                                   \
+          total += (is_int8 ? ((const int8_t *)rows[r])[j] : ((const float *)rows[r])[j]) * x[t * xs + j];             \
+        y[t * ys + r * apart] = total * scales[r];                                                                     \
       }                                                                                                                \
-    }                                                                                                                  \
-    for (int t = 0; t < n; t++) {                                                                                      \
-      float total = SUM(a[t]) + SUM(b[t]);                                                                             \
-      for (Int j = i; j < in; j++) total += row[j] * x[t * xs + j];                                                    \
-      y[t * ys] = total * scale;                                                                                       \
-    }                                                                                                                  \
   }                                                                                                                    \
   TARGET static void NAME##_unpack(const Matrix *m, Int o, float *row) {                                               \
     Int groups = (m->in + m->group - 1) / m->group;                                                                    \
     const uint8_t *codes = (const uint8_t *)m->codes + o * ((m->in + 1) / 2);                                          \
-    for (Int g = 0; g < groups; g++) {                                                                                 \
-      float scale = from_bfloat16(m->scales[o * groups + g]);                                                          \
-      float zero = from_bfloat16(m->zeros[o * groups + g]) - 8 * scale;                                                \
-      Int i = g * m->group, end = i + m->group < m->in ? i + m->group : m->in;                                         \
-      __builtin_prefetch(codes + i / 2 + 1024);                                                                        \
-      for (; i + 2 * LANES <= end; i += 2 * LANES) {                                                                   \
-        V w, u;                                                                                                        \
-        INT4S(codes + i / 2, &w, &u);                                                                                  \
-        STORE(row + i, FMA(w, SPLAT(scale), SPLAT(zero)));                                                             \
-        STORE(row + i + LANES, FMA(u, SPLAT(scale), SPLAT(zero)));                                                     \
+    for (Int first = 0; first < groups; first += 64) {                                                                 \
+      float scales[64], zeros[64];                                                                                     \
+      Int count = groups - first < 64 ? groups - first : 64;                                                           \
+      for (Int g = 0; g < count; g++) {                                                                                \
+        scales[g] = from_bfloat16(m->scales[o * groups + first + g]);                                                  \
+        zeros[g] = from_bfloat16(m->zeros[o * groups + first + g]) - 8 * scales[g];                                    \
       }                                                                                                                \
-      for (; i < end; i++) row[i] = (codes[i / 2] >> (i % 2 * 4) & 15) * scale + zero;                                 \
+      for (Int g = 0; g < count; g++) {                                                                                \
+        Int i = (first + g) * m->group, end = i + m->group < m->in ? i + m->group : m->in;                             \
+        V scale = SPLAT(scales[g]), zero = SPLAT(zeros[g]);                                                            \
+        __builtin_prefetch(codes + i / 2 + 512);                                                                       \
+        for (; i + 2 * LANES <= end; i += 2 * LANES) {                                                                 \
+          V w, u;                                                                                                      \
+          INT4S(codes + i / 2, &w, &u);                                                                                \
+          STORE(row + i, FMA(w, scale, zero));                                                                         \
+          STORE(row + i + LANES, FMA(u, scale, zero));                                                                 \
+        }                                                                                                              \
+        for (; i < end; i++) row[i] = (codes[i / 2] >> (i % 2 * 4) & 15) * scales[g] + zeros[g];                       \
+      }                                                                                                                \
     }                                                                                                                  \
   }                                                                                                                    \
   TARGET static void NAME(const Matrix *m, Int from, Int to, const float *x, Int xs, float *y, Int ys, Int n,          \
-                          float *row) {                                                                                \
+                          float *unpacked) {                                                                           \
+    Int apart = (to - from) / 4;                                                                                       \
     for (Int o = from; o < to; o++) {                                                                                  \
-      const void *codes = (const char *)m->codes + o * m->in * (m->bits / 8);                                          \
-      float scale = m->bits == 8 ? from_bfloat16(m->scales[o]) : 1;                                                    \
-      if (m->bits == 4) NAME##_unpack(m, o, row), codes = row;                                                         \
-      for (Int t = 0; t < n; t += 4) {                                                                                 \
+      int many = o < from + apart ? 4 : 1;                                                                             \
+      if (o == from + apart) o += 3 * apart;                                                                           \
+      if (o == to) return;                                                                                             \
+      const void *rows[4];                                                                                             \
+      float scales[4] = {1, 1, 1, 1};                                                                                  \
+      for (int r = 0; r < many; r++) {                                                                                 \
+        Int row = o + r * apart;                                                                                       \
+        rows[r] = (const char *)m->codes + row * m->in * (m->bits / 8);                                                \
+        if (m->bits == 8) scales[r] = from_bfloat16(m->scales[row]);                                                   \
+        if (m->bits == 4) NAME##_unpack(m, row, unpacked + r * m->in), rows[r] = unpacked + r * m->in;                 \
+      }                                                                                                                \
+      for (Int t = 0; t < n; t += MOST) {                                                                              \
         const float *in = x + t * xs;                                                                                  \
         float *out = y + t * ys + o;                                                                                   \
-        if (m->bits == 8) EACH_COUNT(NAME##_int8(codes, m->in, scale, in, xs, out, ys, COUNT))                         \
-        else EACH_COUNT(NAME##_floats(codes, m->in, in, xs, out, ys, COUNT))                                           \
+        EACH_COUNT(MOST, n - t, NAME)                                                                                  \
       }                                                                                                                \
     }                                                                                                                  \
   }                                                                                                                    \
@@ -146,14 +150,15 @@ static float from_bfloat16(uint16_t x) {
     return total;                                                                                                      \
   }
 
-/* A call for up to four tokens, with their number a constant. */
-#define EACH_COUNT(call)              \
-  switch (n - t) {                    \
-    case 1: { enum { COUNT = 1 }; call; break; } \
-    case 2: { enum { COUNT = 2 }; call; break; } \
-    case 3: { enum { COUNT = 3 }; call; break; } \
-    default: { enum { COUNT = 4 }; call; }       \
-  }
+/* The tile with numbers of rows and tokens that are constants. */
+#define TILE(NAME, ROWS, COUNT)                                                                      \
+  m->bits == 8 ? NAME##_tile(rows, ROWS, 1, scales, m->in, in, xs, COUNT, out, ys, apart)            \
+               : NAME##_tile(rows, ROWS, 0, scales, m->in, in, xs, COUNT, out, ys, apart)
+#define EACH_COUNT(MOST, left, NAME)                                                                 \
+  if (left == 1) { if (many == 4) TILE(NAME, 4, 1); else TILE(NAME, 1, 1); }                         \
+  else if (left == 2 || MOST == 2) { if (many == 4) TILE(NAME, 4, 2); else TILE(NAME, 1, 2); }       \
+  else if (left == 3) { if (many == 4) TILE(NAME, 4, 3); else TILE(NAME, 1, 3); }                    \
+  else { if (many == 4) TILE(NAME, 4, 4); else TILE(NAME, 1, 4); }
 
 /* Any processor: a vector of two, as codes of 4 bits come two a byte. */
 typedef struct { float low, high; } Pair;
@@ -167,7 +172,7 @@ static inline Pair pair_splat(float x) { return (Pair){x, x}; }
 static inline float pair_sum(Pair a) { return a.low + a.high; }
 static inline void pair_store(float *p, Pair a) { p[0] = a.low, p[1] = a.high; }
 #define PAIR_ZERO ((Pair){0, 0})
-DEFINE_PRODUCTS(plain, , Pair, 2, PAIR_ZERO, pair_load, pair_int8, pair_int4, pair_fma, pair_splat, pair_sum, pair_store)
+DEFINE_PRODUCTS(plain, , Pair, 2, 2, PAIR_ZERO, pair_load, pair_int8, pair_int4, pair_fma, pair_splat, pair_sum, pair_store)
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -184,7 +189,7 @@ AVX512 INLINE void wide_int4(const uint8_t *p, __m512 *first, __m512 *second) {
   *first = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)));
   *second = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(low, high)));
 }
-DEFINE_PRODUCTS(avx512, AVX512, __m512, 16, _mm512_setzero_ps(), _mm512_loadu_ps, wide_int8, wide_int4, _mm512_fmadd_ps,
+DEFINE_PRODUCTS(avx512, AVX512, __m512, 16, 4, _mm512_setzero_ps(), _mm512_loadu_ps, wide_int8, wide_int4, _mm512_fmadd_ps,
                 _mm512_set1_ps, _mm512_reduce_add_ps, _mm512_storeu_ps)
 
 AVX2 INLINE __m256 half_int8(const int8_t *p) {
@@ -201,7 +206,7 @@ AVX2 INLINE float half_sum(__m256 x) {
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
-DEFINE_PRODUCTS(avx2, AVX2, __m256, 8, _mm256_setzero_ps(), _mm256_loadu_ps, half_int8, half_int4, _mm256_fmadd_ps,
+DEFINE_PRODUCTS(avx2, AVX2, __m256, 8, 2, _mm256_setzero_ps(), _mm256_loadu_ps, half_int8, half_int4, _mm256_fmadd_ps,
                 _mm256_set1_ps, half_sum, _mm256_storeu_ps)
 #endif
 
@@ -310,11 +315,11 @@ static void attend(const float *q, const float *keys, const float *values, Int p
 static Int own_floats(const Model *m, const Pass *p) {
   Int widest = m->width > m->inner ? m->width : m->inner;
   widest = widest > m->heads * m->head_size ? widest : m->heads * m->head_size;
-  return (2 * p->tokens * m->width + p->slots + widest + 15) / 16 * 16;
+  return (2 * p->tokens * m->width + p->slots + 4 * widest + 15) / 16 * 16;
 }
 
 static Int shared_floats(const Model *m, const Pass *p) {
-  return p->tokens * ((m->heads * 2 + m->kv_heads * 2) * m->head_size + m->width + 2 * m->inner);
+  return p->tokens * ((m->heads * 2 + m->kv_heads * 2 + 1) * m->head_size + m->width + 2 * m->inner);
 }
 
 Int plait_work(const Model *m, const Pass *p) { return shared_floats(m, p) + p->threads * own_floats(m, p); }
@@ -322,13 +327,22 @@ Int plait_work(const Model *m, const Pass *p) { return shared_floats(m, p) + p->
 static void run(const Model *m, const Pass *p, Int thread, Int threads) {
   Int n = p->tokens, width = m->width, size = m->head_size, queries = m->heads * size, kv = m->kv_heads * size;
   float *q = p->work, *k = q + n * queries, *v = k + n * kv, *mixed = v + n * kv, *y = mixed + n * queries;
-  float *gate = y + n * width, *up = gate + n * m->inner;
+  float *gate = y + n * width, *up = gate + n * m->inner, *cosines = up + n * m->inner, *sines = cosines + n * size / 2;
   float *x = p->work + shared_floats(m, p) + thread * own_floats(m, p), *h = x + n * width, *scores = h + n * width;
   float *row = scores + p->slots;
 #define MULTIPLY(matrix, from, to) \
   multiply(&matrix, from, to, n, row, thread, threads)
 #define MEET _Pragma("omp barrier")
-  memcpy(x, p->embedded, n * width * sizeof(float));
+  for (Int t = 0; t < n; t++) {
+    const float *from = m->embedding ? m->embedding + p->ids[t] * width : p->embedded + t * width;
+    memcpy(x + t * width, from, width * sizeof(float));
+  }
+  for (Int t = thread; t < n; t += threads)
+    for (Int i = 0; i < size / 2; i++) {
+      float angle = (float)p->positions[t] * m->frequencies[i];
+      cosines[t * size / 2 + i] = cosf(angle) * (float)m->rotary_factor;
+      sines[t * size / 2 + i] = sinf(angle) * (float)m->rotary_factor;
+    }
   for (Int index = 0; index < m->layers; index++) {
     const Layer *layer = m->layer + index;
     float *keys = p->keys + index * p->layer_stride, *values = p->values + index * p->layer_stride;
@@ -341,14 +355,14 @@ static void run(const Model *m, const Pass *p, Int thread, Int threads) {
     MEET
     for (Int unit = thread; unit < n * (m->heads + m->kv_heads); unit += threads) {
       Int t = unit / (m->heads + m->kv_heads), head = unit % (m->heads + m->kv_heads);
-      const float *cosines = p->cosines + t * size / 2, *sines = p->sines + t * size / 2;
+      const float *cosine = cosines + t * size / 2, *sine = sines + t * size / 2;
       if (head < m->heads) {
-        turn(&layer->q_norm, q + t * queries + head * size, cosines, sines, size, head);
+        turn(&layer->q_norm, q + t * queries + head * size, cosine, sine, size, head);
         continue;
       }
       head -= m->heads;
       Int at = p->rows[t] * p->row_stride + (head * p->slots + p->positions[t] % p->slots) * size;
-      turn(&layer->k_norm, k + t * kv + head * size, cosines, sines, size, head);
+      turn(&layer->k_norm, k + t * kv + head * size, cosine, sine, size, head);
       memcpy(keys + at, k + t * kv + head * size, size * sizeof(float));
       memcpy(values + at, v + t * kv + head * size, size * sizeof(float));
     }
@@ -384,13 +398,9 @@ static void run(const Model *m, const Pass *p, Int thread, Int threads) {
       for (Int i = 0; i < width; i++) x[t * width + i] += (m->post_norm ? h : y)[t * width + i];
     }
   }
-  for (Int t = 0; t < n; t++) {
-    normalize(&m->norm, x + t * width, h + t * width, width, 0);
-    if (!thread) memcpy(p->hidden + t * width, h + t * width, width * sizeof(float));
-  }
-  if (!m->head.codes) return;
-  for (Int t = 0; t < p->chosen; t++) memcpy(x + t * width, h + p->wanted[t] * width, width * sizeof(float));
-  multiply(&m->head, x, p->logits, p->chosen, row, thread, threads);
+  for (Int t = 0; t < p->chosen; t++) normalize(&m->norm, x + p->wanted[t] * width, h + t * width, width, 0);
+  if (m->head.codes) multiply(&m->head, h, p->out, p->chosen, row, thread, threads);
+  else if (!thread) memcpy(p->out, h, p->chosen * width * sizeof(float));
 }
 
 int omp_get_thread_num(void);

@@ -17,9 +17,8 @@ from plait.model.attention import HeadNorm
 from plait.model.cache import KVCache
 from plait.model.loss import Head
 from plait.model.quantize import QuantizedLinear
-from plait.model.rope import Table
 
-TOKENS = 16  # from more on, PyTorch's products of whole matrices are faster
+TOKENS = 64  # with more at once, PyTorch's products of whole matrices are faster
 
 _Int, _Pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -54,18 +53,18 @@ class _Model(ctypes.Structure):
         ("norm", _Norm),
         ("head", _Matrix),
         ("layer", ctypes.POINTER(_Layer)),
+        ("embedding", _Pointer),
+        ("frequencies", _Pointer),
+        ("rotary_factor", ctypes.c_double),
     ]
 
 
 class _Pass(ctypes.Structure):
     _fields_ = [
         *((name, _Int) for name in ("tokens", "threads", "chosen")),
-        *(
-            (name, _Pointer)
-            for name in ("embedded", "cosines", "sines", "rows", "positions", "wanted", "keys", "values")
-        ),
+        *((name, _Pointer) for name in ("ids", "embedded", "rows", "positions", "wanted", "keys", "values")),
         *((name, _Int) for name in ("layer_stride", "row_stride", "slots", "window")),
-        *((name, _Pointer) for name in ("work", "hidden", "logits")),
+        *((name, _Pointer) for name in ("work", "out")),
     ]
 
 
@@ -92,31 +91,42 @@ class Unsuitable(Exception):
 
 
 class NativeStep:
-    """A decoder's blocks, last norm and, if it is a plain or quantized matrix, head.
+    """A decoder's pass of generation.
 
     Args:
-        decoder: the `Decoder`; `is_current` tells whether its parts or tensors changed since.
+        decoder: the `Decoder`; `is_current` tells whether its tensors were replaced since.
+
+    Attributes:
+        has_head: whether its head is done too: it is a plain or a quantized matrix.
 
     Raises:
         Unsuitable: there is no native code for it.
     """
 
     def __init__(self, decoder: Any) -> None:
-        if library() is None:
+        if library() is None or decoder.rotary.is_dynamic:
             raise Unsuitable
         config = decoder.config
         self._tensors: list[Tensor] = []
+        self._embed = decoder.embed_tokens
         layers = (_Layer * config.layers)(*map(self._layer, decoder.layers))
-        sizes = (config.width, config.heads, config.kv_heads, config.head_size, config.ffn_width, config.layers)
         try:
             head = self._matrix(decoder.lm_head)
         except Unsuitable:
             head = _Matrix()
-        self.outputs: int = head.out
-        self.width: int = config.width
-        self._model = _Model(*sizes, config.norm_placement == "post", self._norm(decoder.norm), head, layers)
+        self.has_head = head.out > 0
+        self._outputs = head.out or config.width
+        self._model = _Model(
+            *(config.width, config.heads, config.kv_heads, config.head_size, config.ffn_width, config.layers),
+            config.norm_placement == "post",
+            self._norm(decoder.norm),
+            head,
+            layers,
+            self._keep(self._embed.weight) if type(self._embed) is nn.Embedding else None,
+            self._keep(decoder.rotary.frequencies),
+            decoder.rotary.factor,
+        )
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
-        self._work = torch.empty(0)
 
     def takes(self, tokens: Tensor, cache: KVCache) -> bool:
         """Whether these tokens ``[B, T]`` and this cache are for the native code."""
@@ -126,48 +136,42 @@ class NativeStep:
         """Whether the tensors lie where they lay."""
         return [tensor.data_ptr() for tensor in self._tensors] == self._pointers
 
-    def __call__(
-        self, embedded: Tensor, table: Table, positions: Tensor, cache: KVCache, wanted: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: KVCache, wanted: Tensor) -> Tensor:
         """Feed tokens.
 
         Args:
-            embedded: ``[B, T, width]``.
-            table: rotary cosines and sines ``[B, T, head_size / 2]``.
+            tokens: int64 ``[B, T]``.
             positions: int64 ``[B, T]``, which the cache has a place for.
             cache: of float32 on the CPU.
-            wanted: int64 ``[n]``, indices into B·T of the tokens whose logits are wanted.
+            wanted: int64 ``[n]``, indices into B·T of the tokens that count.
 
         Returns:
-            hidden states ``[B, T, width]``; logits ``[n, vocabulary_size]``, or None if the head is none it knows.
+            their logits ``[n, vocabulary_size]``, or, without `has_head`, hidden states ``[n, width]``.
         """
-        rows, count = positions.shape
-        kept = [t.contiguous() for t in (embedded, *table, positions, wanted)]
-        row_of = torch.arange(rows).repeat_interleave(count) if count > 1 else torch.arange(rows)
-        hidden = torch.empty(rows, count, self.width)
-        logits = torch.empty(len(wanted), self.outputs) if self.outputs else None
-        keys, values = cache.keys, cache.values
-        call = _Pass(
-            rows * count,
-            torch.get_num_threads(),
-            len(wanted),
-            *(t.data_ptr() for t in (*kept[:3], row_of, kept[3], kept[4], keys, values)),
-            keys.stride(0),
-            keys.stride(1),
-            keys.shape[3],
-            cache.window,
-            None,
-            hidden.data_ptr(),
-            None if logits is None else logits.data_ptr(),
-        )
         native = library()
         assert native is not None
-        needed = native.plait_work(ctypes.byref(self._model), ctypes.byref(call))
-        if self._work.numel() < needed:
-            self._work = torch.empty(needed)
-        call.work = self._work.data_ptr()
-        native.plait_step(ctypes.byref(self._model), ctypes.byref(call))
-        return hidden, logits
+        count, known = tokens.shape[1], self._model.embedding
+        if known and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._embed.num_embeddings:
+            raise IndexError("index out of range in self")  # as the embedding has it
+        given = [tokens.contiguous(), positions.contiguous(), wanted]
+        rows = wanted if count == 1 else torch.arange(len(tokens)).repeat_interleave(count)
+        embedded = None if known else self._embed(tokens).contiguous()
+        out = torch.empty(len(wanted), self._outputs)
+        keys = cache.keys
+        call = _Pass(
+            *(tokens.numel(), torch.get_num_threads(), len(wanted)),
+            given[0].data_ptr(),
+            None if embedded is None else embedded.data_ptr(),
+            *(t.data_ptr() for t in (rows, given[1], given[2], keys, cache.values)),
+            *(keys.stride(0), keys.stride(1), keys.shape[3], cache.window),
+            None,
+            out.data_ptr(),
+        )
+        model, call_pointer = ctypes.byref(self._model), ctypes.byref(call)
+        work = torch.empty(native.plait_work(model, call_pointer))
+        call.work = work.data_ptr()
+        native.plait_step(model, call_pointer)
+        return out
 
     def _layer(self, block: Any) -> _Layer:
         attention, mlp = block.self_attn, block.mlp
@@ -177,16 +181,16 @@ class NativeStep:
             *map(self._norm, norms), *map(self._matrix, (*matrices, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         )
 
-    def _norm(self, module: nn.Module) -> _Norm:
+    def _norm(self, module: Any) -> _Norm:
         if type(module) is nn.Identity:
             return _Norm()
         if type(module) is HeadNorm:
             return _Norm(self._keep(module.weight), self._keep(module.bias), module.EPS, 1, 1)
-        if type(module) is nn.RMSNorm and module.eps is not None:
+        if isinstance(module, nn.RMSNorm) and module.eps is not None:
             return _Norm(self._keep(module.weight), None, module.eps, 0, 0)
         raise Unsuitable
 
-    def _matrix(self, module: nn.Module) -> _Matrix:
+    def _matrix(self, module: Any) -> _Matrix:
         if isinstance(module, QuantizedLinear) and not module.is_packed:
             settings = module.settings
             codes = self._keep(module.weight, torch.int8 if settings.bits == 8 else torch.uint8)
@@ -201,7 +205,8 @@ class NativeStep:
     def _keep(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
         if tensor is None:
             return None
-        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        plain = type(tensor) in (Tensor, nn.Parameter)  # others may have no memory of their own
+        if not plain or tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
             raise Unsuitable
         self._tensors.append(tensor)
         return tensor.data_ptr()

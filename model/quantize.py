@@ -103,12 +103,12 @@ class QuantizedLinear(nn.Module):
         self._check_plain()
         if self.zeros is None:
             return self.weight.to(dtype) * self.scales.to(dtype)[:, None]
-        codes = split_halves(self.weight, self.in_features).to(dtype) - 8
-        scales, zeros = (
-            t.to(dtype).repeat_interleave(self.settings.group_size, 1)[:, : self.in_features]
-            for t in (self.scales, self.zeros)
-        )
-        return codes.mul_(scales).add_(zeros)
+        out, groups = self.scales.shape
+        size = self.settings.group_size
+        codes = F.pad(split_halves(self.weight, self.in_features), (0, groups * size - self.in_features))
+        scales, zeros = (t.to(dtype)[..., None] for t in (self.scales, self.zeros))
+        weights = codes.view(out, groups, size).to(dtype).sub_(8).mul_(scales).add_(zeros)
+        return weights.view(out, -1)[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` → ``[..., out]``, of the same dtype."""

@@ -81,27 +81,18 @@ class Step:
         """A copy of the decoder makes its own."""
         return type(None), ()
 
-    def __call__(
-        self, tokens: Tensor, table: Table, place: Cached, positions: Tensor, wanted: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, table: Table, place: Cached) -> Tensor:
         """Feed tokens through the cache.
 
         Args:
             tokens: int64 ``[B, T]``.
             table: rotary cosines and sines ``[B, T, head_size / 2]``.
             place: in the cache.
-            positions: int64 ``[B, T]``.
-            wanted: int64 ``[n]``, indices into B·T of the tokens whose logits are wanted.
 
         Returns:
-            hidden states before the head ``[B, T, width]``; logits ``[n, vocabulary_size]``, None if they are to come.
+            hidden states before the head, ``[B, T, width]``.
         """
-        if self.native is not None and self.native.takes(tokens, place.cache):
-            return self.native(self.embed(tokens), table, positions, place.cache, wanted)
-        with torch.inference_mode():
-            return self._hidden(tokens, table, place), None
-
-    def _hidden(self, tokens: Tensor, table: Table, place: Cached) -> Tensor:
         rows, count = tokens.shape
         inner = self.config.heads * self.config.head_size
         heads = (rows, count, -1, self.config.head_size)
@@ -150,7 +141,7 @@ def _product(module: nn.Module) -> Function:
 
 
 def _norm(module: nn.Module) -> Function:
-    if type(module) is not nn.RMSNorm or module.weight is None or module.eps is None:
+    if not isinstance(module, nn.RMSNorm) or module.weight is None or module.eps is None:
         return module
     return partial(_rms_norm, weight=module.weight, eps=torch.tensor([module.eps], device="cpu"), module=module)
 

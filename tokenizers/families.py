@@ -20,7 +20,7 @@ from plait.errors import PlaitError
 from plait.tokenizers.base import read_json
 from plait.tokenizers.prompts import chameleon_prompts, emu3_5_prompts, emu3_prompts, text_prompts
 from plait.tokenizers.text_files import TextFile, find_text
-from plait.tokenizers.text_foreign import ForeignText
+from plait.tokenizers.text_foreign import ForeignText, read_bytes
 from plait.tokenizers.vocabulary import BOS, EOS, GRAMMARS, PAD, Block, Vocabulary
 
 FAMILIES = tuple(name for name in GRAMMARS if name != "plait")
@@ -71,7 +71,9 @@ class Family:
     generation: dict[str, Any]
 
 
-def read_family(family: str, folder: Path, visual: Any | None, size: int, text: Path | None = None) -> Family:
+def read_family(
+    family: str, folder: Path, visual: Any | None, size: int, text: Path | None = None, pictures: Path | None = None
+) -> Family:
     """Read a model's text tokenizer and the files beside it.
 
     Args:
@@ -80,6 +82,7 @@ def read_family(family: str, folder: Path, visual: Any | None, size: int, text: 
         visual: the model's image tokenizer; without it the codes have their block, and no modality uses them yet.
         size: ids that the decoder has. Those that the tokenizers do not use are a reserved block.
         text: the text tokenizer's file, or the folder that holds it; by default ``folder``.
+        pictures: the image tokenizer's file or folder, where it has its own; files there say how large images are.
 
     Raises:
         PlaitError: an unknown family, a file that cannot be read, a token that the family needs and is not there, or
@@ -91,6 +94,8 @@ def read_family(family: str, folder: Path, visual: Any | None, size: int, text: 
         raise PlaitError(f"{text}: no such file; name the text tokenizer's file or folder")
     found = find_text(folder if text is None else text, family, size, visual)
     files = _Files(folder, found.path.parent if found else folder)
+    if pictures is not None:
+        files.read_sizes(pictures if pictures.is_dir() else pictures.parent)
     if found is None or family == "ids":
         return Family(_bare_ids(size, files), {}, {})
     sorted_ids = _Ids(family, found, files, size, visual)
@@ -117,6 +122,14 @@ class _Files:
         )
         self.configs += [c[k] for c in self.configs for k in ("text_config",) if isinstance(c.get(k), dict)]
 
+    def read_sizes(self, folder: Path) -> None:
+        """What an image tokenizer's folder says of the size of images: Emu3's as JSON, Chameleon's as YAML."""
+        if (own := folder / "preprocessor_config.json").is_file():
+            self.settings.append(read_json(own))
+        if (own := folder / "vqgan.yaml").is_file():
+            found = re.search(rb"^\s*resolution:\s*(\d{1,9})\s*$", read_bytes(own), re.MULTILINE)
+            self.settings += [{"resolution": int(found[1])}] if found else []
+
     def token(self, key: str) -> str | None:
         """What the tokenizer's settings call the token of this part."""
         for content in self.settings:
@@ -132,7 +145,7 @@ class _Files:
         """The ids that the model's configuration names for a part, such as ``eos_token_id``."""
         named = [config.get(key) for config in self.configs]
         flat = [i for value in named for i in (value if isinstance(value, list) else [value])]
-        return [i for i in dict.fromkeys(flat) if type(i) is int]
+        return list(dict.fromkeys(i for i in flat if type(i) is int))
 
     def number(self, key: str) -> int | None:
         """The first whole number of this name in any file, also within an image processor's or tokenizer's settings."""
@@ -258,8 +271,8 @@ def _bare_ids(size: int, files: _Files) -> Vocabulary:
 
 
 def _fixed_grid(files: _Files, visual: Any) -> tuple[int, int]:
-    """Rows and columns of all of Chameleon's images: 512 pixels a side unless its files say otherwise."""
-    side = max(1, (files.number("resolution") or 512) // visual.factor)
+    """Rows and columns of all of Chameleon's images: 1,024 codes unless its files say otherwise."""
+    side = max(1, (files.number("resolution") or 32 * visual.factor) // visual.factor)
     if (length := files.number("image_seq_length")) and math.isqrt(length) ** 2 == length:
         side = math.isqrt(length)
     return side, side

@@ -71,6 +71,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw among the tokens that reach this probability.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="New tokens at most.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4: smaller weights, made at load.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -84,7 +85,7 @@ def generate(
         "guidance": guidance,
         "max_tokens": max_tokens,
     }
-    written = generate_files(parts, to, out, model, seed, n, stream, settings)
+    written = generate_files(parts, to, out, model, seed, n, stream, settings, quantize)
     if to == "text" and out is None:
         report(as_json, {"text": written}, "" if stream and n is None else "\n".join(written))
     else:

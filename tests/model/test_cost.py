@@ -161,8 +161,8 @@ def test_activations_are_about_what_is_held(config: DecoderConfig, recompute: bo
         decoder(tokens, positions, targets=targets).loss.backward()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     predicted = count_activations(config, rows * length, 4, recompute=recompute)
-    # The CPU's norms and dropout are not fused, so that it holds somewhat more.
-    assert 0.85 < (peak - 4 * count_parameters(config).total) / (predicted.kept + predicted.working) < 1.3
+    # Not all of a block is there when SwiGLU's gradients are at their widest, least so when it is computed again.
+    assert 0.8 < (peak - 4 * count_parameters(config).total) / (predicted.kept + predicted.working) < 1.1
 
 
 def test_a_frozen_beginning_keeps_nothing() -> None:

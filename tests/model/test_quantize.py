@@ -279,3 +279,20 @@ def test_a_tensor_is_named_when_shapes_differ() -> None:
     quantize_(other := small_decoder(), "int4")
     with pytest.raises(RuntimeError, match=r"q_proj\.weight"):
         other.load_state_dict(state)
+
+
+@torch.no_grad()
+def test_torchao_multiplies_with_about_the_same_weights() -> None:
+    pytest.importorskip("torchao")
+    from plait.model.quantize_gpu import use_torchao_
+
+    decoder = small_decoder(tie_embeddings=False, qkv_bias=True)
+    quantize_(decoder, "int8")
+    tokens, positions = torch.randint(100, (1, 7)), torch.arange(7)[None]
+    expected = decoder(tokens, positions)
+    use_torchao_(decoder, torch.float32)
+    assert not any(isinstance(module, QuantizedLinear) for module in decoder.modules())
+    torch.testing.assert_close(decoder(tokens, positions), expected, atol=0.03 * float(expected.abs().max()), rtol=0)
+    cache = KVCache(decoder.config, 1, 7)
+    found = decoder.next_logits(tokens, positions, cache, torch.tensor([6]))
+    torch.testing.assert_close(found, expected[:, -1], atol=0.03 * float(expected.abs().max()), rtol=0)
