@@ -19,6 +19,10 @@ lint: $(VENV)/.test            ## style, types, import directions
 
 bench: $(VENV)/.test           ## speed beside a peer, in one run
 	$(BIN)/python tests/benchmarks/decoder.py
+	$(BIN)/python tests/benchmarks/training.py
+	$(BIN)/python tests/benchmarks/loss.py
+	$(BIN)/python tests/benchmarks/generate.py
+	$(BIN)/python tests/benchmarks/quantization.py
 	$(BIN)/python tests/benchmarks/emu3.py --width 64
 	$(BIN)/python tests/benchmarks/vqgan.py
 	$(BIN)/python tests/benchmarks/encodec.py

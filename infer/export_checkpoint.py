@@ -19,7 +19,7 @@ from plait.errors import PlaitError
 from plait.infer.bundle import check_tensors, read_description, replace_folder
 from plait.infer.foreign_checkpoint import verify
 from plait.infer.import_checkpoint import DTYPES, check_target, count_bytes
-from plait.infer.shards import STATE, Advance, LazyFile, check_finite, shard_files, shard_limit, write_set
+from plait.infer.shards import STATE, Advance, LazyFile, cast, check_finite, shard_files, shard_limit, write_set
 from plait.model.checkpoints import EMBEDDING, EMU3_WHOLE, HEAD, LLAMA, Names, meta_name, meta_shards, split_meta
 from plait.model.config import DecoderConfig
 from plait.model.foreign_config import model_type, to_transformers
@@ -53,7 +53,7 @@ class _Source:
         file = self.where[name]
         tensor = file.read(name)
         check_finite(name, tensor, file.path)
-        return tensor.to(self.dtype) if self.dtype else tensor
+        return cast(name, tensor, self.dtype, file.path) if self.dtype else tensor
 
 
 def export_checkpoint(

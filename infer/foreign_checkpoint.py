@@ -6,7 +6,7 @@ Names and shapes are checked from the files' headers, before anything is read.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,13 @@ def _open_transformers(folder: Path, kind: str | None) -> Checkpoint:
     for name in ("vocabulary_map", "vq_config"):
         if not isinstance(settings.get(name) or {}, dict):
             raise PlaitError(f"{folder}/config.json: {name} is {str(settings[name])[:60]!r}, must be an object")
-    files = _open_files(_weight_files(folder), shards_of_all=1)
+    stated = _weight_files(folder)
+    files = _open_files(list(stated), shards_of_all=1)
+    for file in files:
+        if absent := sorted(name for name in stated[file.path] - set(file.meta) if not is_surplus(name)):
+            raise PlaitError(
+                f"{file.path}: tensor {absent[0]!r} is not in it, as its index says; copy the folder again"
+            )
     found = {name: file for file in files for name in file.meta}
     names = find_names(found)
     try:
@@ -185,19 +191,19 @@ def _is_equal(found: Mapping[str, LazyFile], a: str, b: str) -> bool:
     return same
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files of the one set of weights there is, safetensors before PyTorch's."""
+def _weight_files(folder: Path) -> dict[Path, set[str]]:
+    """The files of the one set of weights there is, safetensors before PyTorch's, and what an index says is in each."""
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         if (index := folder / f"{stem}{suffix}.index.json").is_file():
             return _indexed(index)
         if (file := folder / f"{stem}{suffix}").is_file():
-            return [file]
+            return {file: set()}
     others = sorted(folder.glob("*.safetensors.index.json"))
     if len(others) == 1:
         return _indexed(others[0])
     for suffix in (".safetensors", ".bin", ".pth", ".pt"):
         if len(files := sorted(folder.glob(f"*{suffix}"))) == 1:
-            return files
+            return {files[0]: set()}
         if files:
             numbered = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})" + re.escape(suffix), files[0].name)
             missing = f"{numbered[1]}{suffix}.index.json" if numbered else f"model{suffix}"
@@ -205,17 +211,18 @@ def _weight_files(folder: Path) -> list[Path]:
     raise PlaitError(f"{folder}: holds no weights, such as model.safetensors; copy the checkpoint again")
 
 
-def _indexed(index: Path) -> list[Path]:
+def _indexed(index: Path) -> dict[Path, set[str]]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise PlaitError(f"{index}: has no weight_map; copy the folder again")
-    names = sorted(set(where.values()))
-    for name in names:
+    stated: dict[Path, set[str]] = {}
+    for tensor, name in sorted(where.items(), key=lambda pair: pair[1]):
         if Path(name).name != name or "\0" in name:
             raise PlaitError(f"{index}: names {name!r}, which is outside its folder; copy the folder again")
         if not (index.parent / name).is_file():
             raise PlaitError(f"{index.parent / name}: no such file, and {index.name} names it; copy the folder again")
-    return [index.parent / name for name in names]
+        stated.setdefault(index.parent / name, set()).add(tensor)
+    return stated
 
 
 # Meta's layout
@@ -308,28 +315,55 @@ def _check_shapes(opened: Checkpoint, decoder: Mapping[str, Tensor]) -> None:
             )
 
 
-_SUMS = ("SHA256SUMS", "sha256sums.txt", "*.sha256", "checklist.chk")
+_SUMS = re.compile(r"(sha256|md5)-?_?sums?(\.txt)?|checklist\.chk|.+\.(sha256|md5)(sums?)?", re.IGNORECASE)
+_SUM = r"([0-9a-f]{64}|[0-9a-f]{32})"
+_SUM_LINES = (
+    re.compile(_SUM + r"(?:[ *]+(.*\S))?", re.IGNORECASE),
+    re.compile(rf"\w+ \((.+)\) = {_SUM}", re.IGNORECASE),
+)
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 
-def find_checksums(opened: Checkpoint) -> list[tuple[Path, str, Path]]:
-    """Checksums of the weights that came along: (file, hexadecimal SHA-256 or MD5, where it is stated).
+def find_checksums(opened: Checkpoint, *others: Path | None) -> list[tuple[Path, str, Path]]:
+    """Checksums of what is read that came along: (file, hexadecimal SHA-256 or MD5, where it is stated).
+
+    Args:
+        opened: the checkpoint.
+        others: files or folders of its tokenizers, where they are elsewhere.
 
     Raises:
         PlaitError: they cannot be read.
     """
-    weights = {file.path.name: file.path for file in opened.files}
+    unused = {path for path in opened.folder.iterdir() if path.suffix in _WEIGHTS} - {
+        file.path for file in opened.files
+    }
+    folders = [opened.folder, *(path if path.is_dir() else path.parent for path in others if path is not None)]
     sums = []
-    for listing in sorted({path for pattern in _SUMS for path in opened.folder.glob(pattern)}):
-        try:
-            lines = listing.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlaitError(f"{listing}: cannot be read ({error}); delete it or copy it again") from None
-        for line in lines:
-            found = re.fullmatch(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64})(?:[ *]+(\S.*))?", line.strip())
-            name = Path((found[2] if found else None) or listing.name.removesuffix(".sha256")).name
-            if found and name in weights:
-                sums.append((weights[name], found[1].lower(), listing))
+    for folder in dict.fromkeys(folders):
+        there = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path not in unused}
+        for listing in (path for name, path in there.items() if _SUMS.fullmatch(name)):
+            for name, value in _read_sums(listing):
+                # With a folder before it, it is another file, perhaps of the same name.
+                path = there.get(Path(name).name if name.startswith("/") else name.removeprefix("./"))
+                if path not in (None, listing):
+                    sums.append((path, value, listing))
     return sums
+
+
+def _read_sums(listing: Path) -> Iterator[tuple[str, str]]:
+    """The names and checksums in a list of them, as md5sum, sha256sum and BSD's tools write it."""
+    try:
+        lines = listing.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlaitError(f"{listing}: cannot be read ({error}); delete it or copy it again") from None
+    for number, line in enumerate(map(str.strip, lines), 1):
+        plain, tagged = (pattern.fullmatch(line) for pattern in _SUM_LINES)
+        if plain:
+            yield plain[2] or listing.stem, plain[1].lower()
+        elif tagged:
+            yield tagged[1], tagged[2].lower()
+        elif line and line[0] not in "#;":
+            raise PlaitError(f"{listing}: line {number} is not a checksum and a name; delete it or copy it again")
 
 
 def verify(path: Path, expected: str, stated_in: Path, advance: Callable[[int], None]) -> None:

@@ -15,7 +15,7 @@ import torch
 from plait.errors import PlaitError
 from plait.infer.bundle import replace_folder, write_description
 from plait.infer.foreign_checkpoint import Checkpoint, find_checksums, identity_of, open_checkpoint, verify
-from plait.infer.shards import STATE, Advance, shard_limit, write_set
+from plait.infer.shards import STATE, Advance, cast, shard_limit, write_set
 from plait.tokenizers.foreign import convert, known_layouts
 from plait.tokenizers.loading import load_tokenizer
 
@@ -67,7 +67,7 @@ def import_checkpoint(
             f"{opened.config.vocabulary_size} rows; they do not belong together"
         )
     meta = {name: t.to(DTYPES[dtype]) if dtype else t for name, t in opened.meta().items()}
-    sums_of_source = find_checksums(opened)
+    sums_of_source = find_checksums(opened, text or found_text, visual)
     to_read, to_write = sum(path.stat().st_size for path, *_ in sums_of_source), sum(t.nbytes for t in meta.values())
     tell = count_bytes(advance, to_read + to_write)
     for summed in sums_of_source:
@@ -83,7 +83,7 @@ def import_checkpoint(
     sums = write_set(
         partial,
         meta,
-        lambda name: opened.read(name).to(meta[name].dtype),
+        lambda name: cast(name, opened.read(name), meta[name].dtype, opened.folder),
         limit=limit,
         identity=identity,
         advance=lambda done, _: advance(to_read + done, to_read + to_write),

@@ -47,6 +47,9 @@ class LazyFile:
         self.budget = budget
         self._tensors: dict[str, Tensor] | None = read_checkpoint(path)
         self._used = 0
+        for name, tensor in self._tensors.items():
+            if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+                raise PlaitError(f"{path}: tensor {name!r} is not a plain array of numbers; save it again as one")
         self.meta = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
@@ -251,5 +254,22 @@ def check_finite(name: str, tensor: Tensor, where: Path) -> None:
     Raises:
         PlaitError: there are some.
     """
-    if tensor.is_floating_point() and tensor.numel() and not all(math.isfinite(x.item()) for x in tensor.aminmax()):
+    if not _is_finite(tensor):
         raise PlaitError(f"{where}: tensor {name!r} holds values that are not finite; the file is damaged")
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype, where: Path) -> Tensor:
+    """A finite tensor as another dtype.
+
+    Raises:
+        PlaitError: it has values that this dtype has not.
+    """
+    converted = tensor.to(dtype)
+    if converted.dtype != tensor.dtype and not _is_finite(converted):
+        kind = str(dtype).removeprefix("torch.")
+        raise PlaitError(f"{where}: tensor {name!r} has values too large for {kind}; choose another --dtype")
+    return converted
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() and tensor.numel()) or all(math.isfinite(x) for x in tensor.aminmax())

@@ -403,6 +403,9 @@ static void run(const Model *m, const Pass *p, Int thread, Int threads) {
   else if (!thread) memcpy(p->out, h, p->chosen * width * sizeof(float));
 }
 
+/* Raised with every change of the structs above or of what they mean; model/native.py has the same. */
+Int plait_version(void) { return 1; }
+
 int omp_get_thread_num(void);
 int omp_get_num_threads(void); /* may be fewer than asked for */
 

@@ -18,6 +18,7 @@ from plait.model.cache import KVCache
 from plait.model.loss import Head
 from plait.model.quantize import QuantizedLinear
 
+VERSION = 1  # of the structs, as in native.c
 TOKENS = 64  # with more at once, PyTorch's products of whole matrices are faster
 
 _Int, _Pointer = ctypes.c_int64, ctypes.c_void_p
@@ -70,14 +71,14 @@ class _Pass(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code; None if it was not built or cannot be loaded."""
+    """The compiled code; None if it was not built, is older than this file or cannot be loaded."""
     built = sorted(Path(__file__).parent.glob("_native*.so"))
     try:
         # Its OpenMP functions are those of the library that PyTorch has loaded: made visible, not loaded again.
         loaded = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[^/\s]*", Path("/proc/self/maps").read_text())
         ctypes.CDLL(loaded[0], mode=ctypes.RTLD_GLOBAL)
-        found = ctypes.CDLL(str(built[0]))
-    except (IndexError, OSError):
+        found = next(code for code in map(ctypes.CDLL, map(str, built)) if code.plait_version() == VERSION)
+    except (IndexError, OSError, AttributeError, StopIteration):
         return None
     found.plait_work.restype = found.plait_instructions.restype = _Int
     found.plait_work.argtypes = found.plait_step.argtypes = [_Pointer, _Pointer]

@@ -135,7 +135,7 @@ def _layer(block: Any) -> Layer:
 
 
 def _product(module: nn.Module) -> Function:
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
         return partial(F.linear, weight=module.weight, bias=module.bias)  # type: ignore[arg-type]
     return module
 

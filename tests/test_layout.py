@@ -1,6 +1,7 @@
 """The layout keeps its promises: one import package, nothing that hides Hugging Face's tokenizers, clean directions."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,13 @@ def test_no_relative_imports_between_files(folder: str) -> None:
 def test_import_directions() -> None:
     done = run(str(Path(sys.executable).parent / "lint-imports"), "--no-cache")
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_native_code_was_built() -> None:
+    from plait.model import native
+
+    assert native.library() is not None, "build it: pip install -e ."
 
 
 def test_only_one_file_imports_deepspeed() -> None:

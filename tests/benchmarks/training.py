@@ -1,6 +1,6 @@
 """A training step beside transformers' Llama: same weights, batch and optimizer, turn about in one run.
 
-    OMP_NUM_THREADS=2 python tests/benchmarks/training.py                  # about 150 M parameters, float32
+    OMP_NUM_THREADS=2 python tests/benchmarks/training.py                  # 150 M parameters, float32
     OMP_NUM_THREADS=1 python tests/benchmarks/training.py --clock processor  # where other programs share the processor
 
 A step is forward, backward and AdamW (``fused``, on both sides). Printed are both medians and the median
@@ -26,7 +26,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("width", 768), ("layers", 12), ("heads", 12), ("kv-heads", 4), ("vocabulary", 32_000), ("rows", 2),
+        ("width", 768), ("layers", 16), ("heads", 12), ("kv-heads", 4), ("vocabulary", 32_000), ("rows", 2),
         ("length", 512), ("repeats", 5),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
