@@ -19,7 +19,7 @@ from plait.errors import PlaitError
 from plait.infer.bundle import check_tensors, read_description, replace_folder
 from plait.infer.foreign_checkpoint import verify
 from plait.infer.import_checkpoint import DTYPES, check_target, count_bytes
-from plait.infer.shards import STATE, Advance, LazyFile, cast, check_finite, shard_files, shard_limit, write_set
+from plait.infer.shards import STATE, Advance, LazyFile, cast, check_finite, let_go, shard_files, shard_limit, write_set
 from plait.model.checkpoints import EMBEDDING, EMU3_WHOLE, HEAD, LLAMA, Names, meta_name, meta_shards, split_meta
 from plait.model.config import DecoderConfig
 from plait.model.foreign_config import model_type, to_transformers
@@ -29,6 +29,7 @@ from plait.tokenizers.foreign import read_checkpoint
 from plait.tokenizers.loading import find_weights, load_tokenizer
 from plait.tokenizers.vocabulary import BOS, EOS, PAD, Vocabulary
 
+_PART = 1 << 26  # bytes of a file that are mapped for writing at once
 TARGETS = ("hf", "emu3", "emu3.5", "chameleon", "llama")
 
 
@@ -51,6 +52,7 @@ class _Source:
 
     def read(self, name: str) -> Tensor:
         file = self.where[name]
+        let_go(self.files, [file])
         tensor = file.read(name)
         check_finite(name, tensor, file.path)
         return cast(name, tensor, self.dtype, file.path) if self.dtype else tensor
@@ -311,6 +313,10 @@ def _reserve(path: Path, metas: dict[str, Tensor]) -> None:
 
 
 def _fill(path: Path, name: str, tensor: Tensor) -> None:
-    """Write a tensor into a reserved file, through memory that is mapped for it."""
-    with set_default_mmap_options(mmap.MAP_SHARED):
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name].copy_(tensor)
+    """Write a tensor into a reserved file, through memory that is mapped for a part of it at a time."""
+    rows = len(tensor) if tensor.ndim > 1 else 1
+    step = -(-rows * _PART // max(1, tensor.nbytes))
+    for start in range(0, rows, step):
+        part = slice(start, start + step) if tensor.ndim > 1 else slice(None)
+        with set_default_mmap_options(mmap.MAP_SHARED):
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name][part].copy_(tensor[part])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plait.errors import PlaitError
 from plait.infer.bundle import build_decoder
-from plait.infer.shards import LazyFile, check_finite, file_hash
+from plait.infer.shards import LazyFile, check_finite, file_hash, let_go
 from plait.model.checkpoints import EMBEDDING, HEAD, find_names, is_surplus, join_meta, meta_name
 from plait.model.config import DecoderConfig
 from plait.model.foreign_config import from_transformers, is_token_id, text_config
@@ -72,6 +72,7 @@ class Checkpoint:
         Raises:
             PlaitError: it holds values that are not finite.
         """
+        let_go(self.files, [file for file, _ in self.sources[name]])
         parts = [(file.read(theirs), file, theirs) for file, theirs in self.sources[name]]
         for part, file, theirs in parts:
             check_finite(theirs, part, file.path)
@@ -233,7 +234,9 @@ def _open_meta(folder: Path, kind: str | None) -> Checkpoint:
     beside = folder / "consolidate_params.json"
     parallel = {**params, **(read_json(beside) if beside.is_file() else {})}.get("model_parallel_size")
     paths = _consolidated(folder)
-    if isinstance(parallel, int) and parallel > 0 and parallel != len(paths):
+    if parallel is not None and (type(parallel) is not int or parallel < 1):
+        raise PlaitError(f"{folder}: model_parallel_size is {parallel!r}, must be a whole number of at least 1")
+    if parallel not in (None, len(paths)):
         raise PlaitError(f"{folder}: holds {len(paths)} of {parallel} consolidated files; copy the folder again")
     files = _open_files(paths, shards_of_all=len(paths))
     first = files[0]
@@ -306,7 +309,9 @@ def _check_shapes(opened: Checkpoint, decoder: Mapping[str, Tensor]) -> None:
             joined = opened.join(name, metas)
         except (RuntimeError, IndexError, ZeroDivisionError):
             joined = None
-        if joined is None or joined.shape != decoder[name].shape or len({m.dtype for m in metas}) > 1:
+        if len(kinds := {str(m.dtype).removeprefix("torch.") for m in metas}) > 1:
+            raise PlaitError(f"{file.path}: tensor {theirs!r} is {' and '.join(sorted(kinds))} in different shards")
+        if joined is None or joined.shape != decoder[name].shape:
             shapes = " and ".join(sorted({str(tuple(m.shape)) for m in metas}))
             of = f" in each of {len(parts)} files" if len(parts) > 1 else ""
             raise PlaitError(

@@ -16,6 +16,7 @@ from plait.errors import PlaitError
 from plait.infer.bundle import replace_folder, write_description
 from plait.infer.foreign_checkpoint import Checkpoint, find_checksums, identity_of, open_checkpoint, verify
 from plait.infer.shards import STATE, Advance, cast, shard_limit, write_set
+from plait.infer.target import Target
 from plait.tokenizers.foreign import convert, known_layouts
 from plait.tokenizers.loading import load_tokenizer
 
@@ -61,6 +62,11 @@ def import_checkpoint(
     family = read_family(
         opened.family, opened.folder, tokenizer, opened.config.vocabulary_size, text or found_text, visual
     )
+    for to, settings in family.generation.items():
+        try:
+            Target.of(settings)
+        except PlaitError as error:
+            raise PlaitError(f"{opened.folder}: its settings for {to}, in the JSON files there: {error}") from None
     if family.vocabulary.size != opened.config.vocabulary_size:
         raise PlaitError(
             f"{source}: the tokenizers have {family.vocabulary.size} ids, the embedding has "

@@ -68,6 +68,13 @@ class LazyFile:
         self._tensors, self._used = None, 0
 
 
+def let_go(files: Sequence[LazyFile], kept: Sequence[LazyFile]) -> None:
+    """Unmap all files but these: of what was read the pages count as memory in use."""
+    for file in files:
+        if file not in kept:
+            file.close()
+
+
 def shard_limit(files: Sequence[LazyFile], tensors: Mapping[str, Tensor]) -> int:
     """Bytes of a shard that is to be written: those of the largest file read, more if what is written is wider.
 
@@ -254,22 +261,25 @@ def check_finite(name: str, tensor: Tensor, where: Path) -> None:
     Raises:
         PlaitError: there are some.
     """
-    if not _is_finite(tensor):
+    if not math.isfinite(_largest(tensor)):
         raise PlaitError(f"{where}: tensor {name!r} holds values that are not finite; the file is damaged")
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype, where: Path) -> Tensor:
-    """A finite tensor as another dtype.
+    """A tensor as another dtype.
 
     Raises:
         PlaitError: it has values that this dtype has not.
     """
-    converted = tensor.to(dtype)
-    if converted.dtype != tensor.dtype and not _is_finite(converted):
+    if dtype != tensor.dtype and _largest(tensor) > torch.finfo(dtype).max:
         kind = str(dtype).removeprefix("torch.")
         raise PlaitError(f"{where}: tensor {name!r} has values too large for {kind}; choose another --dtype")
-    return converted
+    return tensor.to(dtype)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() and tensor.numel()) or all(math.isfinite(x) for x in tensor.aminmax())
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value, NaN or infinity if there is one."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    least, most = (x.item() for x in tensor.aminmax())
+    return float(max(-least, most))

@@ -79,6 +79,10 @@ def from_transformers(content: Fields, tensors: Collection[str]) -> tuple[Decode
         raise PlaitError(f"config.json: model_type is {kind!r}, known are {', '.join(MODEL_TYPES)}")
     known = {**_COMMON, **_DEFAULTS[kind]}
     refuse_unknown(content, {*known, *_HARMLESS}, "config.json")
+    for name in filter(is_token_id, content):
+        ids = content[name] if isinstance(content[name], list) else [content[name]]
+        if any(i is not None and type(i) is not int for i in ids):
+            raise PlaitError(f"config.json: {name} is {repr(content[name])[:60]}, must be a whole number")
     # A null stands for the default of these.
     f = known | {k: v for k, v in content.items() if v is not None or known.get(k) is None}
     f["sliding_window"] = content.get("sliding_window", known.get("sliding_window"))

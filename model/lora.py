@@ -47,6 +47,8 @@ class LoRAConfig:
             raise PlaitError(f"lora: alpha is {self.alpha!r}, must be above 0")
         if not 0 <= self.dropout < 1:
             raise PlaitError(f"lora: dropout is {self.dropout!r}, must be at least 0 and below 1")
+        if not self.targets:
+            raise PlaitError("lora: targets is empty; leave it out for all linear layers of the blocks")
         if self.quantize not in QUANTIZATIONS:
             raise PlaitError(f"lora: quantize is {self.quantize!r}, expected {', '.join(map(repr, QUANTIZATIONS))}")
 

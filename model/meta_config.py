@@ -32,6 +32,8 @@ def from_params(params: Fields, rows: int, ffn_width: int, chameleon: bool) -> t
         PlaitError: a field is missing, unknown or has a value that no decoder here has.
     """
     inner = params.get("model", params)
+    if not isinstance(inner, dict):
+        raise PlaitError(f"params.json: model is {inner!r}, must be an object")
     refuse_unknown(inner, _PARAMS | _PARAMS_HARMLESS, "params.json")
     for name in ("dim", "n_layers", "n_heads"):
         if type(params.get(name)) is not int or params[name] < 1:
@@ -47,7 +49,6 @@ def from_params(params: Fields, rows: int, ffn_width: int, chameleon: bool) -> t
     # Llama 3.1 states neither its scaling's numbers nor its context.
     scaling = RopeScaling("llama3", 8.0, 8192, 1.0, 4.0) if scaled else RopeScaling()
     theta = params.get("rope_theta") or 10000.0
-    context = 131072 if scaled else params.get("max_seq_len") or (16384 if chameleon and theta > 10000 else 4096)
     config = build_config(
         "params.json",
         vocabulary_size=rows,
@@ -63,6 +64,10 @@ def from_params(params: Fields, rows: int, ffn_width: int, chameleon: bool) -> t
         qk_norm="layer" if chameleon else "none",
         tie_embeddings=False,
     )
+    # A wrong theta has been refused by now.
+    context = 131072 if scaled else params.get("max_seq_len") or (16384 if chameleon and theta > 10000 else 4096)
+    if type(context) is not int or context < 1:
+        raise PlaitError(f"params.json: max_seq_len is {context!r}, must be a whole number of at least 1")
     return config, context
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
@@ -201,7 +202,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         PlaitError: as `write_file`.
     """
-    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # Half a surrogate pair, which a JSON file can spell and UTF-8 cannot, stays spelt.
+    halves = re.compile(r"[\ud800-\udfff]")
+    write_file(path, halves.sub(lambda half: f"\\u{ord(half[0]):04x}", text).encode())
 
 
 def config_from_json(config_class: type[T], content: dict[str, Any], where: Path) -> T:

@@ -42,8 +42,15 @@ class TextFile:
     special: set[int]
 
     def open(self, first: int, size: int, excluded: Sequence[int]) -> ForeignText:
-        """The tokenizer, for these ids of text."""
-        return self.kind(self.model, first, size, excluded)
+        """The tokenizer, for these ids of text.
+
+        Raises:
+            PlaitError: the library that runs it refuses the file.
+        """
+        try:
+            return self.kind(self.model, first, size, excluded)
+        except PlaitError as error:
+            raise PlaitError(f"{self.path}: {error}; copy it again") from None
 
     def begins_with(self, token: int) -> bool:
         """Whether the file itself says that text begins with this token."""

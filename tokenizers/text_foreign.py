@@ -138,7 +138,7 @@ class ForeignText(Tokenizer):
         try:
             tokenizer = cls(read_bytes(folder / cls.file), config["first"], config["size"], config["excluded"])
         except (PlaitError, TypeError, KeyError) as error:
-            raise PlaitError(f"{folder}: {error}; copy the folder again") from None
+            raise PlaitError(f"{folder / cls.file}: {error}; copy the folder again") from None
         if tokenizer.fingerprint != config.get("fingerprint"):
             raise PlaitError(f"{folder / cls.file}: is not what config.json describes; copy the folder again")
         return tokenizer
@@ -207,9 +207,12 @@ def read_bytes(path: Path) -> bytes:
         PlaitError: it is missing or cannot be read.
     """
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise PlaitError(f"{path}: cannot be read ({error.strerror})") from None
+    if content.startswith(b"version https://git-lfs"):
+        raise PlaitError(f"{path}: is a Git LFS pointer, not the file; fetch it with `git lfs pull`")
+    return content
 
 
 def read_definition(model: bytes) -> dict[str, Any]:
@@ -225,7 +228,7 @@ def read_definition(model: bytes) -> dict[str, Any]:
             return dict(definition)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise PlaitError("tokenizer.json: is not a tokenizer of Hugging Face's tokenizers library")
+    raise PlaitError("is not a tokenizer of Hugging Face's tokenizers library")
 
 
 def open_definition(definition: dict[str, Any]) -> Any:
@@ -240,7 +243,7 @@ def open_definition(definition: dict[str, Any]) -> Any:
         return Engine.from_str(json.dumps(definition))
     except Exception as error:  # the library raises nothing more particular
         reason = str(error).splitlines()[0]
-        raise PlaitError(f"tokenizer.json: cannot be read by the tokenizers library ({reason})") from None
+        raise PlaitError(f"cannot be read by the tokenizers library ({reason})") from None
 
 
 def open_sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -253,7 +256,7 @@ def open_sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
         processor.LoadFromSerializedProto(model)
     except RuntimeError:
-        raise PlaitError("tokenizer.model: not a SentencePiece model") from None
+        raise PlaitError("is not a SentencePiece model") from None
     return processor
 
 
@@ -299,7 +302,7 @@ def _read_ranks(ranks_file: bytes) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             raise PlaitError(f"line {number} is not a token in base64 and its rank; not a tiktoken file") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise PlaitError("its ranks are not 0, 1, 2, …, one for each token and every byte among them; copy it again")
+        raise PlaitError("its ranks are not 0, 1, 2, …, one for each token and every byte among them")
     return ranks
 
 

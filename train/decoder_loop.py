@@ -18,7 +18,7 @@ from plait.errors import PlaitError
 from plait.tokenizers.grammar import Grammar
 from plait.tokenizers.loading import find_weights
 from plait.train.adapt import build_decoder, build_vocabulary, write_bundle
-from plait.train.engine import Engine, divide_batch, start_distributed
+from plait.train.engine import OTHER_CHECKPOINT, UNREADABLE, Engine, divide_batch, start_distributed
 from plait.train.journal import Journal
 from plait.train.loader import batches, open_loader
 from plait.train.optimizer import build_optimizer, learning_rate
@@ -150,11 +150,17 @@ class Checkpoints:
         if not latest.is_file():
             return 0
         tag = latest.read_text().strip()
+        if not (self.folder / tag).is_dir() or not tag.startswith("step-"):
+            raise PlaitError(f"{latest}: names {tag!r}, which is no checkpoint; {OTHER_CHECKPOINT}")
         path = self.folder / tag / f"loader-{self.rank}.pt"
         if not path.is_file():
             raise PlaitError(f"{path}: missing; resume with the number of processes that the run began with")
         # The run's own file, and the loader's state is a Python object: this is not for files from elsewhere.
-        state = torch.load(path, weights_only=False)
+        try:
+            state = torch.load(path, weights_only=False)
+        except UNREADABLE as error:
+            reason = str(error).partition("\n")[0] or "empty file"
+            raise PlaitError(f"{path}: checkpoint cannot be read ({reason}); {OTHER_CHECKPOINT}") from None
         if state["world_size"] != self.world_size:
             raise PlaitError(
                 f"{self.folder}: the run began with {state['world_size']} processes, this is {self.world_size}; "

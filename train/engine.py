@@ -5,6 +5,7 @@ Its configuration is computed from the recipe, so no second file can disagree wi
 """
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from plait.train.processes import set_environment
 from plait.train.recipe import DecoderRecipe
 
 REDUCE_BUCKET = 500_000_000  # values that ZeRO reduces at once
-_OTHER_CHECKPOINT = "write the name of another one into 'latest' beside it, or start in another folder"
+# What torch.load raises for a file that was cut off, is empty or is of something else.
+UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
+OTHER_CHECKPOINT = "write the name of another one into 'latest' beside it, or start in another folder"
 
 
 def start_distributed() -> tuple[int, int]:
@@ -142,11 +145,11 @@ class Engine:
         """
         try:
             path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=self._all_train)
-        except (OSError, RuntimeError, KeyError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise PlaitError(f"{folder / tag}: checkpoint cannot be read ({reason}); {_OTHER_CHECKPOINT}") from None
+        except (*UNREADABLE, KeyError, AssertionError) as error:
+            reason = str(error).partition("\n")[0] or "empty file"
+            raise PlaitError(f"{folder / tag}: checkpoint cannot be read ({reason}); {OTHER_CHECKPOINT}") from None
         if path is None:
-            raise PlaitError(f"{folder / tag}: checkpoint is incomplete; {_OTHER_CHECKPOINT}")
+            raise PlaitError(f"{folder / tag}: checkpoint is incomplete; {OTHER_CHECKPOINT}")
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters that train, on the CPU, in float32, from masters if there are any; a collective call."""

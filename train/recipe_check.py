@@ -175,6 +175,8 @@ def _decoder_problems(plain: Any) -> Iterator[tuple[list[str], str]]:
     for key, value in (("train", plain["train"]), ("rows", plain["rows"]), ("lora.rank", plain["lora"]["rank"])):
         if value and not plain["init"]:
             yield [key, "init"], "needs init, a trained model of which the rest is kept; leave it out"
+    if plain["lora"]["quantize"] and not plain["lora"]["rank"]:
+        yield ["lora.quantize", "lora.rank"], "quantizes what LoRA learns beside; it needs a lora.rank above 0"
 
 
 def _tokenizer_problems(plain: Any) -> Iterator[tuple[list[str], str]]:

@@ -109,7 +109,9 @@ def test_matching_keeps_the_order_of_the_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rank": -1}, {"alpha": 0}, {"dropout": 1.0}, {"quantize": "int3"}], ids=lambda w: next(iter(w))
+    "wrong",
+    [{"rank": -1}, {"alpha": 0}, {"dropout": 1.0}, {"quantize": "int3"}, {"targets": []}],
+    ids=lambda w: next(iter(w)),
 )
 def test_settings_are_checked(wrong: dict[str, object]) -> None:
     with pytest.raises(PlaitError, match=f"lora: {next(iter(wrong))} is"):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -230,6 +231,27 @@ def test_resuming_under_another_plan_is_refused(
     done = plait("train", recipe, f"out={tmp_path / 'run'}")
     assert done.returncode == 2
     assert "loader-0.pt: missing" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "reason"),
+    [
+        ("step-6/loader-0.pt", 100, r"step-6/loader-0\.pt: checkpoint cannot be read \("),
+        ("step-6/mp_rank_00_model_states.pt", 0, r"step-6: checkpoint cannot be read \("),
+        ("latest", 0, r"latest: names '', which is no checkpoint"),
+    ],
+    ids=["loader", "weights", "latest"],
+)
+def test_file_that_was_cut_off_is_one_line(
+    name: str, size: int, reason: str, alone: Path, recipe: Path, tmp_path: Path, plait: Callable[..., Any]
+) -> None:
+    shutil.copytree(alone, tmp_path / "run")
+    os.truncate(tmp_path / "run" / "checkpoints" / name, size)
+    done = plait("train", recipe, f"out={tmp_path / 'run'}", "steps=7")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert re.search("plait: .*" + reason + ".*write the name of another one", done.stderr)
 
 
 @pytest.mark.slow

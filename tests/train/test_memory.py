@@ -13,8 +13,7 @@ from plait.model.config import DecoderConfig
 from plait.model.cost import Activations
 from plait.model.decoder import Decoder
 from plait.model.loss import Targets
-from plait.train.engine import Engine, start_distributed
-from plait.train.engine import REDUCE_BUCKET
+from plait.train.engine import REDUCE_BUCKET, Engine, start_distributed
 from plait.train.memory import PERSISTENT, ModelSize, training_memory
 from plait.train.optimizer import build_optimizer
 from plait.train.recipe import DecoderRecipe, ParallelConfig

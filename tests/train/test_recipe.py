@@ -220,6 +220,7 @@ def test_invalid_value_names_the_field(override: str, field: str, tmp_path: Path
         ("train=[lm_head.weight]", "train needs init, a trained model of which the rest is kept"),
         ("rows=[new]", "rows needs init"),
         ("lora.rank=4", "lora.rank needs init"),
+        ("lora.quantize=int4", "lora.quantize quantizes what LoRA learns beside; it needs a lora.rank above 0"),
         ("out=''", "out is empty"),
         ("steps=???", "steps: ??? stands for no value"),
         ("shards=foo", "shards: expected a list; write shards=[foo]"),
