@@ -5,6 +5,7 @@ the image tokenizer. The original releases' layouts hold the decoder alone.
 """
 
 import mmap
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -304,10 +305,16 @@ def _write_meta(source: _Source, partial: Path, to: str, advance: Advance) -> di
 
 
 def _reserve(path: Path, metas: dict[str, Tensor]) -> None:
-    """A PyTorch file of these tensors whose bytes are yet to be written; takes no memory for them."""
+    """A PyTorch file of these tensors whose bytes are yet to be written; takes no memory for them.
+
+    It takes its room on the disk: to write into mapped memory where there is none ends the process.
+    """
     try:
         with skip_data():
             torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in metas.items()}, path)
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except (OSError, RuntimeError) as error:
         raise PlaitError(f"{path}: cannot be written ({error}); make room and run it again") from None
 

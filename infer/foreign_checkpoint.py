@@ -136,7 +136,7 @@ def _open_transformers(folder: Path, kind: str | None) -> Checkpoint:
     for file in files:
         if absent := sorted(name for name in stated[file.path] - set(file.meta) if not is_surplus(name)):
             raise PlaitError(
-                f"{file.path}: tensor {absent[0]!r} is not in it, as its index says; copy the folder again"
+                f"{file.path}: tensor {absent[0]!r} is missing, which its index says is here; copy the folder again"
             )
     found = {name: file for file in files for name in file.meta}
     names = find_names(found)

@@ -229,18 +229,13 @@ def _write_shard(
     try:
         with temporary.open("wb") as file:
             _put(file, len(text).to_bytes(8, "little") + text, digest)
-            written = 0
             for name in order:
                 tensor = produce(name)
                 if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
                     raise PlaitError(f"tensor {name!r} became {tuple(tensor.shape)}, {tensor.dtype}; start again")
-                flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-                for start in range(0, len(flat), _BLOCK):
-                    block = flat[start : start + _BLOCK]
-                    _put(file, block.data, digest)
-                    written += len(block)
-                    tell(written)
-                del tensor, flat
+                _put_tensor(file, tensor, digest)
+                tell(header[name]["data_offsets"][1])
+                del tensor  # before the next is made
         temporary.replace(path)
     except OSError as error:
         raise PlaitError(f"{path}: cannot be written ({error.strerror or error}); make room and run it again") from None
@@ -248,6 +243,12 @@ def _write_shard(
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     return digest.hexdigest()
+
+
+def _put_tensor(file: BinaryIO, tensor: Tensor, digest: Any) -> None:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, len(flat), _BLOCK):
+        _put(file, flat[start : start + _BLOCK].data, digest)
 
 
 def _put(file: BinaryIO, data: bytes | memoryview, digest: Any) -> None:
