@@ -383,16 +383,20 @@ def verify(path: Path, expected: str, stated_in: Path, advance: Callable[[int], 
 
 
 def identity_of(opened: Checkpoint) -> list[list[Any]]:
-    """What tells a checkpoint from a later one in the same place, without reading it."""
-    return [
-        [
-            file.path.name,
-            (stat := file.path.stat()).st_size,
-            stat.st_mtime_ns,
-            hash_of({name: [str(m.dtype), list(m.shape)] for name, m in file.meta.items()}),
-        ]
-        for file in opened.files
-    ]
+    """What tells a checkpoint from a later one in the same place, without reading it.
+
+    Raises:
+        PlaitError: a file is gone.
+    """
+    identity = []
+    for file in opened.files:
+        try:
+            stat = file.path.stat()
+        except OSError as error:
+            raise PlaitError(f"{file.path}: cannot be read ({error.strerror}); copy it again") from None
+        tensors = hash_of({name: [str(m.dtype), list(m.shape)] for name, m in file.meta.items()})
+        identity.append([file.path.name, stat.st_size, stat.st_mtime_ns, tensors])
+    return identity
 
 
 def hash_of(content: Any) -> str:

@@ -94,6 +94,8 @@ def import_checkpoint(
         identity=identity,
         advance=lambda done, _: advance(to_read + done, to_read + to_write),
     )
+    if identity_of(opened) != identity["source"]:
+        raise PlaitError(f"{opened.folder}: has changed while it was read; start again")
     shutil.rmtree(partial / "tokenizers", ignore_errors=True)
     # Without a text tokenizer no modality uses the image tokenizer; it is kept for an export all the same.
     for name, part in (({"visual": tokenizer} if tokenizer else {}) | family.tokenizers).items():

@@ -32,6 +32,35 @@ _SPACE = "\u2581"
 _MODEL = "tokenizer.model"
 
 
+def check_text(text: str) -> None:
+    """Refuse what is no text.
+
+    Raises:
+        PlaitError: no string, or one that holds half of a surrogate pair, which no Unicode text does.
+    """
+    if not isinstance(text, str):
+        raise PlaitError(f"text: is a {type(text).__name__}, expected a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PlaitError(
+            f"text: character {error.start} is half of a surrogate pair; decode the text properly first"
+        ) from None
+
+
+def text_codes(codes: Tensor | Sequence[int], size: int) -> Tensor:
+    """One text's codes as a tensor ``[n]``.
+
+    Raises:
+        PlaitError: another shape, codes that are not integers, or one that is not below ``size``.
+    """
+    checked = torch.as_tensor(codes)
+    if checked.ndim != 1:
+        raise PlaitError(f"codes: shape is {tuple(checked.shape)}, expected [n]; decode one text at a time")
+    check_codes(checked, size)
+    return checked
+
+
 class TextTokenizer(Tokenizer):
     """Strings to piece ids and back.
 
@@ -100,14 +129,7 @@ class TextTokenizer(Tokenizer):
         Raises:
             PlaitError: no string, or one that holds half of a surrogate pair, which no Unicode text does.
         """
-        if not isinstance(text, str):
-            raise PlaitError(f"text: is a {type(text).__name__}, expected a str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise PlaitError(
-                f"text: character {error.start} is half of a surrogate pair; decode the text properly first"
-            ) from None
+        check_text(text)
         ids: list[int] = []
         for i, part in enumerate(text.split(_SPACE)):
             ids += self._escape if i else []
@@ -120,10 +142,7 @@ class TextTokenizer(Tokenizer):
         Raises:
             PlaitError: another shape, ids that are not integers, or an id that is no piece.
         """
-        ids = torch.as_tensor(codes)
-        if ids.ndim != 1:
-            raise PlaitError(f"codes: shape is {tuple(ids.shape)}, expected [n]; decode one text at a time")
-        check_codes(ids, len(self._bytes))
+        ids = text_codes(codes, len(self._bytes))
         return b"".join(self._bytes[i] for i in ids.tolist()).decode("utf-8", errors="replace")
 
     def save_pretrained(self, folder: str | Path) -> None:

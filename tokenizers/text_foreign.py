@@ -25,13 +25,13 @@ from plait.errors import PlaitError
 from plait.tokenizers.base import (
     FORMAT_VERSION,
     Tokenizer,
-    check_codes,
     check_format_version,
     make_folder,
     read_json,
     write_file,
     write_json,
 )
+from plait.tokenizers.text import check_text, text_codes
 
 # How Qwen's tokenizers, and so Emu3's, cut text before they merge: one digit at a time.
 QWEN_PATTERN = (
@@ -88,14 +88,7 @@ class ForeignText(Tokenizer):
         Raises:
             PlaitError: no string, or one that holds half of a surrogate pair, which no Unicode text does.
         """
-        if not isinstance(text, str):
-            raise PlaitError(f"text: is a {type(text).__name__}, expected a str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise PlaitError(
-                f"text: character {error.start} is half of a surrogate pair; decode the text properly first"
-            ) from None
+        check_text(text)
         return torch.tensor(self._encode(text), dtype=torch.int64) - self.first
 
     def decode(self, codes: Tensor | Sequence[int]) -> str:
@@ -104,11 +97,8 @@ class ForeignText(Tokenizer):
         Raises:
             PlaitError: another shape, codes that are not integers, or one that is no code.
         """
-        codes = torch.as_tensor(codes)
-        if codes.ndim != 1:
-            raise PlaitError(f"codes: shape is {tuple(codes.shape)}, expected [n]; decode one text at a time")
-        check_codes(codes, self.size)
-        return self._decode([i for i in (codes.long() + self.first).tolist() if i in self._ids])
+        ids = text_codes(codes, self.size).long() + self.first
+        return self._decode([i for i in ids.tolist() if i in self._ids])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and the tokenizer's own file.

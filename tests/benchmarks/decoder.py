@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from llama import build_both
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from plait.model.cache import KVCache
 from plait.model.config import DecoderConfig
@@ -45,30 +46,10 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.models:
         ours, theirs = build_both(MODELS[name], arguments.device)
+        for model in (ours, theirs):
+            model.eval().requires_grad_(False)
         for rows in arguments.batches:
             compare(name, ours, theirs, rows, arguments.tokens, arguments.rounds)
-
-
-def build_both(config: DecoderConfig, device: str) -> tuple[Decoder, LlamaForCausalLM]:
-    """Our decoder and transformers' with the same weights."""
-    torch.manual_seed(0)
-    ours = Decoder(config)
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocabulary_size,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            intermediate_size=config.ffn_width,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=config.tie_embeddings,
-            attn_implementation="sdpa",
-        )
-    )
-    theirs.load_state_dict({k if k.startswith("lm_head") else f"model.{k}": v for k, v in ours.state_dict().items()})
-    return (m.to(device).eval().requires_grad_(False) for m in (ours, theirs))
 
 
 def compare(name: str, ours: Decoder, theirs: LlamaForCausalLM, rows: int, tokens: int, rounds: int) -> None:

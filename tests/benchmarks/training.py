@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 
 import torch
+from llama import build_both
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from plait.model.config import DecoderConfig
 from plait.model.decoder import Decoder
@@ -38,7 +38,7 @@ def main() -> None:
         vocabulary_size=arguments.vocabulary, width=arguments.width, layers=arguments.layers, heads=arguments.heads,
         kv_heads=arguments.kv_heads, qk_norm="none", tie_embeddings=arguments.tied,
     )  # fmt: skip
-    ours, theirs = both(config)
+    ours, theirs = (model.train() for model in build_both(config))
     if arguments.compile:
         for block in ours.layers:
             block.compile()
@@ -59,29 +59,6 @@ def main() -> None:
         f"{millions:.0f} M parameters, {arguments.rows} × {arguments.length} tokens, {torch.get_num_threads()} threads"
     )
     print(f"plait {statistics.median(times[0]):.3f} s, transformers {statistics.median(times[1]):.3f} s: {ratio:.2f} ×")
-
-
-def both(config: DecoderConfig) -> tuple[Decoder, nn.Module]:
-    """Our decoder and transformers', with the same weights."""
-    torch.manual_seed(0)
-    ours = Decoder(config)
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocabulary_size,
-            hidden_size=config.width,
-            intermediate_size=config.ffn_width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_embeddings,
-            attn_implementation="sdpa",
-        )
-    )
-    weights = {k if k.startswith("lm_head.") else f"model.{k}": v for k, v in ours.state_dict().items()}
-    theirs.load_state_dict(weights, strict=True)
-    return ours.train(), theirs.train()
 
 
 def our_loss(decoder: Decoder, tokens: Tensor) -> Tensor:
