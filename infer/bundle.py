@@ -189,8 +189,8 @@ def read_description(folder: Path) -> tuple[dict[str, Any], DecoderConfig, Vocab
     check_format_version(content.get("format_version"), config_file)
     if missing := {"vocabulary", "decoder", "context"} - set(content):
         raise PlaitError(f"{config_file}: not a bundle; the entry {min(missing)!r} is missing")
-    if not isinstance(content["decoder"], dict) or not isinstance(content["context"], int):
-        raise PlaitError(f"{config_file}: decoder must be an object and context a whole number; restore the file")
+    if not isinstance(content["decoder"], dict) or type(content["context"]) is not int or content["context"] < 1:
+        raise PlaitError(f"{config_file}: decoder must be an object, context a whole number above 0; restore the file")
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     if vocabulary.fingerprint != content["vocabulary"]:
         raise PlaitError(

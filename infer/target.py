@@ -51,6 +51,8 @@ class Target:
         Raises:
             PlaitError: an unknown setting, or a value of the wrong kind or out of range.
         """
+        if not isinstance(settings, dict):
+            raise PlaitError(f"settings: {settings!r} must be an object")
         own = [f.name for f in fields(cls) if f.name != "sampling"]
         drawing = [f.name for f in fields(Sampling)]
         if unknown := {*settings} - {*own, *drawing} | {*overrides} - set(drawing):

@@ -22,7 +22,7 @@ from plait.infer.pipeline import AudioChunk, Finished, Model, load
 from plait.model.config import DecoderConfig
 from plait.model.decoder import Decoder
 from plait.tokenizers.audio import AudioConfig, AudioTokenizer, HalfConfig
-from plait.tokenizers.grammar import Grammar
+from plait.tokenizers.grammar import Grammar, Span
 from plait.tokenizers.loading import load_tokenizers
 from plait.tokenizers.media import Audio
 from plait.tokenizers.quantizer import QuantizerConfig
@@ -209,12 +209,12 @@ def test_prompts_hold_sound_from_memory_and_from_files(model: Model, tmp_path: P
     write_sound(sound, tmp_path / "a.wav")
     stereo = Audio(sound.samples.repeat(2, 1), sound.sample_rate)
     settings: dict[str, Any] = {"to": "text", "seed": 0, "max_tokens": 20}
-    (span,) = [model._span("audio", medium) for medium in (sound,)]
-    assert torch.equal(model._span("audio", stereo).codes, span.codes)
+    piece, of_stereo = model.prompter.read([sound, stereo])
+    assert torch.equal(of_stereo.content, piece.content)
     assert model.generate(stereo, "what is it?", **settings) == model.generate(sound, "what is it?", **settings)
     assert isinstance(model.generate(tmp_path / "a.wav", "what is it?", **settings), str)
     score = model.score("a tone", target=sound)
-    assert len(score.per_token) == model.grammar.length(span) - 1
+    assert len(score.per_token) == model.grammar.length(Span("audio", piece.content)) - 1
     assert score.total < 0
 
 
