@@ -63,6 +63,11 @@ class LazyFile:
         self._used += tensor.nbytes
         return tensor
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is mapped."""
+        return self._tensors is not None
+
     def close(self) -> None:
         """Unmap the file."""
         self._tensors, self._used = None, 0

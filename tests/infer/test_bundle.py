@@ -152,6 +152,8 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("config.json", lambda p: edit(p, lambda c: c.pop("context")), "'context' is missing"),
     ("config.json", lambda p: edit(p, lambda c: c.update(decoder=[])), "decoder must be an object"),
     ("config.json", lambda p: edit(p, lambda c: c.update(context="many")), "context a whole number"),
+    ("config.json", lambda p: edit(p, lambda c: c.update(context=0)), "context a whole number"),
+    ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(width=10**20, head_size=8)), "can be that large"),
     ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(experts=8)), "unknown field 'experts'"),
     ("config.json", lambda p: edit(p, lambda c: c["decoder"].update(vocabulary_size=7)), "vocabulary_size is 7"),
     (
@@ -165,6 +167,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("vocabulary.json", lambda p: edit(p, lambda c: c.update(format_version=0)), "format_version is 0"),
     ("generation.json", lambda p: p.unlink(), "no such file"),
     ("generation.json", lambda p: edit(p, lambda c: c.update(format_version="x")), "format_version is 'x'"),
+    ("generation.json", lambda p: edit(p, lambda c: c.update(text=[])), "must be an object"),
     ("generation.json", lambda p: edit(p, lambda c: c["text"].update(heat=1)), "text: unknown setting 'heat'"),
     ("generation.json", lambda p: edit(p, lambda c: c["text"].update(top_p=3)), "text: top_p: 3"),
     ("generation.json", lambda p: edit(p, lambda c: c["text"].update(temperature="hot")), "text: temperature: 'hot'"),

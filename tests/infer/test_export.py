@@ -1,6 +1,7 @@
 """What was imported goes back as it was, bit for bit; what was trained here loads elsewhere with the same logits."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plait.errors import PlaitError
+from plait.infer import export_checkpoint as export_module
 from plait.infer.bundle import load_bundle, save_bundle
 from plait.infer.export_checkpoint import export_checkpoint
 from plait.infer.import_checkpoint import import_checkpoint
@@ -43,6 +45,7 @@ ROUND: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": True}),
     ("llama", {"rope_parameters": YARN}),
     ("mistral", {"sliding_window": 9, "head_dim": 6}),
+    ("mistral", {"sliding_window": None}),
     ("qwen2", {"num_key_value_heads": 1}),
     ("qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
     ("emu3-text", {}),
@@ -75,6 +78,17 @@ def test_a_round_trip_keeps_every_bit(kind: str, fields: dict[str, Any], shard: 
     configs = (json.loads((tmp_path / at / "config.json").read_text()) for at in ("src", "out"))
     theirs, ours = (from_transformers(config, ()) for config in configs)
     assert ours == theirs
+
+
+def test_emu3s_decoder_alone_loads_as_any_language_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = foreign.build("emu3-text")
+    import_checkpoint(foreign.save(model, tmp_path / "src"), tmp_path / "bundle")
+    export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(back) is type(model)
+    equal(back.state_dict(), model.state_dict())
 
 
 def test_bfloat16_stays(tmp_path: Path) -> None:
@@ -186,6 +200,27 @@ def test_chameleons_own_layout_comes_back_bit_for_bit(tmp_path: Path, shards: in
     equal(*(load_bundle(tmp_path / at).decoder.state_dict() for at in ("bundle", "again")))
 
 
+def test_metas_layout_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its room is taken first: to write into mapped memory that has none would end the process."""
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    bundle_of(tmp_path / "bundle", tie_embeddings=False)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(PlaitError, match="No space left on device.*; make room and run it again"):
+        export_checkpoint(tmp_path / "bundle", tmp_path / "out", "llama")
+    assert not (tmp_path / "out").exists()
+
+
+def test_metas_layout_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = bundle_of(tmp_path / "bundle", tie_embeddings=False)
+    monkeypatch.setattr(export_module, "_PART", 1000)
+    export_checkpoint(tmp_path / "bundle", tmp_path / "out", "llama")
+    import_checkpoint(tmp_path / "out", tmp_path / "again")
+    equal(load_bundle(tmp_path / "again").decoder.state_dict(), decoder.state_dict())
+
+
 def test_norms_that_no_shard_can_hold(tmp_path: Path) -> None:
     bundle_of(tmp_path / "bundle", qk_norm="layer", heads=6, kv_heads=3, width=36, tie_embeddings=False)
     with pytest.raises(PlaitError, match="the heads' QK-norms differ"):
@@ -247,6 +282,12 @@ def test_damaged_bundles_are_named(tmp_path: Path) -> None:
         save_file({**tensors, **change}, path)
         with pytest.raises(PlaitError, match=message):
             export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+    for origin in ("x", {"vq_config": [1]}, {"family": 3}):
+        content = json.loads(config.read_text())
+        config.write_text(json.dumps({**content, "origin": origin}))
+        with pytest.raises(PlaitError, match=r"config.json: origin.* must be"):
+            export_checkpoint(tmp_path / "bundle", tmp_path / "out")
+        config.write_text(json.dumps(content))
     del tensors["norm.weight"]
     save_file(tensors, path)
     with pytest.raises(PlaitError, match=r"tensor 'norm.weight' is missing"):
@@ -302,12 +343,14 @@ def test_parts_that_were_released_by_themselves(tmp_path: Path, main: Any) -> No
     visual = {k.removeprefix("model.vqmodel."): t for k, t in model.state_dict().items() if "vqmodel" in k}
     (tmp_path / "vision").mkdir()
     save_file(visual, tmp_path / "vision" / "model.safetensors")
+    (tmp_path / "vision" / "preprocessor_config.json").write_text('{"min_pixels": 64, "max_pixels": 1024}')
     parts = ("--visual", tmp_path / "vision", "--text", tmp_path / "text")
     ran = main("import", tmp_path / "gen", "-o", tmp_path / "again", "--from", "emu3", *parts, "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["modalities"] == ["image", "text"]
     a, b = (load_bundle(tmp_path / name) for name in ("bundle", "again"))
     assert a.vocabulary == b.vocabulary
+    assert b.generation["text"]["pixels"] == [64, 1024]
     equal(a.decoder.state_dict(), b.decoder.state_dict())
     ran = main("import", tmp_path / "gen", "-o", tmp_path / "no", "--from", "emu3", "--visual", tmp_path / "nowhere")
     assert (ran.code, ran.err.count("\n")) == (2, 1)
@@ -332,3 +375,10 @@ def test_chameleons_download(tmp_path: Path, main: Any) -> None:
     theirs = model.state_dict()
     assert [k for k in theirs if "vqmodel" not in k and not torch.equal(back[k], theirs[k])] == []
     assert torch.equal(back["model.vqmodel.quantize.embedding.weight"], vq.quantizer.codebook)
+    # 1,024 codes, as in the release, unless the file beside the tokenizer says otherwise.
+    assert load_bundle(tmp_path / "bundle").vocabulary.modalities["image"].grid == (32, 32)
+    (tmp_path / "data" / "tokenizer" / "vqgan.yaml").write_text(
+        "model:\n  params:\n    ddconfig:\n      resolution: 8\n"
+    )
+    import_checkpoint(tmp_path / "data", tmp_path / "bundle")
+    assert load_bundle(tmp_path / "bundle").vocabulary.modalities["image"].grid == (4, 4)

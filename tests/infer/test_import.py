@@ -12,6 +12,7 @@ import foreign_checkpoints as foreign
 import pytest
 import torch
 from foreign_checkpoints import chameleon, save_meta, to_meta
+from foreign_models import emu3_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from plait.errors import PlaitError
 from plait.infer import import_checkpoint as module
 from plait.infer import shards
 from plait.infer.bundle import load_bundle
+from plait.infer.foreign_checkpoint import open_checkpoint
 from plait.infer.import_checkpoint import import_checkpoint
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -237,9 +239,14 @@ def first(source: Path) -> Path:
     return sorted(source.glob("*.safetensors"))[0]
 
 
-def sums(source: Path) -> None:
-    lines = [f"{'0' * 64}  {first(source).name}"]
-    (source / "SHA256SUMS").write_text("\n".join(lines))
+def sparse(source: Path) -> None:
+    for path in source.glob("model*"):
+        path.unlink()
+    torch.save({"model.norm.weight": torch.ones(32).to_sparse()}, source / "pytorch_model.bin")
+
+
+def sums(source: Path, listing: str = "SHA256SUMS", line: str = "{value}  {name}") -> None:
+    (source / listing).write_text("\n" + line.format(value="0" * 64, name=first(source).name))
 
 
 def wide(tensors: dict[str, Tensor]) -> None:
@@ -254,6 +261,12 @@ DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("config.json: no such file", lambda s: (s / "config.json").rename(s / "params.json")),
     ("holds neither config.json nor params.json", lambda s: (s / "config.json").unlink()),
     ("not readable as JSON", lambda s: (s / "config.json").write_text("{")),
+    (
+        "no tensor can be that large",
+        lambda s: edit(s / "config.json", lambda c: c.update(hidden_size=10**20, head_dim=8)),
+    ),
+    ("vq_config is 'x', must be an object", lambda s: edit(s / "config.json", lambda c: c.update(vq_config="x"))),
+    ("eos_token_id is 'x'", lambda s: edit(s / "config.json", lambda c: c.update(eos_token_id="x"))),
     ("model_type is None", lambda s: edit(s / "config.json", lambda c: c.pop("model_type"))),
     ("unknown_thing is 3", lambda s: edit(s / "config.json", lambda c: c.update(unknown_thing=3))),
     (
@@ -282,8 +295,15 @@ DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
     ),
     ("has no weight_map", lambda s: edit(s / "model.safetensors.index.json", lambda c: c.pop("weight_map"))),
     ("model.safetensors.index.json: no such file", lambda s: (s / "model.safetensors.index.json").unlink()),
+    (
+        "tensor 'ghost' is missing, which its index says is here",
+        lambda s: edit(s / "model.safetensors.index.json", lambda c: c["weight_map"].update(ghost=first(s).name)),
+    ),
     ("holds Python objects besides tensors", only_pickle),
+    ("tensor 'model.norm.weight' is not a plain array of numbers", sparse),
     ("its sha256 is not the one in SHA256SUMS", sums),
+    ("its sha256 is not the one in sums.sha256", lambda s: sums(s, "sums.sha256", "SHA256 ({name}) = {value}")),
+    ("SHA256SUMS: line 1 is not a checksum and a name", lambda s: (s / "SHA256SUMS").write_text("404 not found")),
 ]
 
 
@@ -301,6 +321,12 @@ def test_damage_is_one_line_that_names_it(
     assert not (llama.parent / "executed").exists()
 
 
+def half_of_one(source: Path) -> None:
+    tensors = torch.load(source / "consolidated.01.pth", weights_only=True)
+    tensors["norm.weight"] = tensors["norm.weight"].half()
+    torch.save(tensors, source / "consolidated.01.pth")
+
+
 META_DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("consolidated.00.pth: no such file", lambda s: (s / "consolidated.00.pth").unlink()),
     ("holds 1 of 2 consolidated files", lambda s: (s / "consolidated.01.pth").unlink()),
@@ -313,6 +339,14 @@ META_DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
         "tensor 'tok_embeddings.weight' has shape",
         lambda s: edit(s / "params.json", lambda c: c["model"].update(dim=64, n_heads=8)),
     ),
+    ("params.json: model is 3", lambda s: edit(s / "params.json", lambda c: c.update(model=3))),
+    ("rope_theta is 'x'", lambda s: edit(s / "params.json", lambda c: c["model"].update(rope_theta="x"))),
+    ("max_seq_len is 'x'", lambda s: edit(s / "params.json", lambda c: c["model"].update(max_seq_len="x"))),
+    (
+        "model_parallel_size is 'x'",
+        lambda s: edit(s / "consolidate_params.json", lambda c: c.update(model_parallel_size="x")),
+    ),
+    ("'norm.weight' is float16 and float32 in different shards", half_of_one),
 ]
 
 
@@ -334,6 +368,51 @@ def test_metas_checksums(tmp_path: Path) -> None:
     (source / "checklist.chk").write_text(f"{'0' * 32}  consolidated.00.pth\n")
     with pytest.raises(PlaitError, match=r"its md5 is not the one in checklist\.chk"):
         import_checkpoint(source, tmp_path / "other")
+
+
+def test_checksums_of_other_files(llama: Path, tmp_path: Path) -> None:
+    """Those of what is read count: not of weights in another format, nor of a file of that name in another folder."""
+    (llama / "pytorch_model.bin").write_bytes(b"other")
+    name = first(llama).name
+    lines = [f"{'0' * 64}  {other}" for other in ("pytorch_model.bin", f"original/{name}", "gone.safetensors")]
+    (llama / "SHA256SUMS").write_text("\n".join(["# made today", *lines]))
+    import_checkpoint(llama, tmp_path / "bundle")
+    (llama / "SHA256SUMS").write_text(f"{'0' * 64} *./config.json\n")
+    with pytest.raises(PlaitError, match=r"config.json: its sha256 is not the one in SHA256SUMS"):
+        import_checkpoint(llama, tmp_path / "other")
+
+
+def test_values_too_large_for_the_dtype(llama: Path, tmp_path: Path) -> None:
+    retensor(llama, lambda t: t["model.norm.weight"].fill_(1e5))
+    with pytest.raises(PlaitError, match=r"'norm.weight' has values too large for float16; choose another --dtype"):
+        import_checkpoint(llama, tmp_path / "bundle", dtype="float16")
+    import_checkpoint(llama, tmp_path / "bundle", dtype="bfloat16")
+
+
+def test_a_source_that_changes_meanwhile(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlaitError, match="has changed while it was read"):
+        import_checkpoint(llama, tmp_path / "bundle", advance=lambda done, total: os.utime(first(llama)))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_one_file_is_open_at_a_time(llama: Path) -> None:
+    opened = open_checkpoint(llama)
+    for name in opened.meta():
+        opened.read(name)
+        assert sum(file.is_open for file in opened.files) == 1
+    assert len(opened.files) > 3
+
+
+def test_settings_that_cannot_be_are_refused_before_a_bundle_is_made(tmp_path: Path) -> None:
+    tokenizer = emu3_tokenizer(16)
+    tokens = tokenizer.get_vocab()
+    fields = {"vocab_size": len(tokens), "vocabulary_map": tokens, "max_position_embeddings": 600}
+    source = foreign.save(foreign.build("emu3", **fields), tmp_path / "src")
+    tokenizer.save_pretrained(source)
+    (source / "preprocessor_config.json").write_text('{"min_pixels": 5000, "max_pixels": 100}')
+    with pytest.raises(PlaitError, match=r"src: its settings for text, .*: pixels: \[5000, 100\]"):
+        import_checkpoint(source, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_where_to_write(llama: Path, tmp_path: Path) -> None:

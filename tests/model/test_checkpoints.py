@@ -44,6 +44,11 @@ REFUSED = [
     ("llama", {"tie_word_embeddings": "yes"}, "tie_embeddings is 'yes'"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "layer_types mixes"),
     ("qwen3", {"layer_types": ["full_attention", "chunked"], "use_sliding_window": True}, "layer_types has 'chunked'"),
+    ("qwen3", {"layer_types": 3}, "layer_types has 3"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "x"}, "max_window_layers is 'x'"),
+    ("mistral", {"sliding_window": "x"}, "sliding_window is 'x'"),
+    ("llama", {"sliding_window": 8}, "sliding_window is 8"),  # transformers' Llama passes it over
+    ("llama", {"bos_token_id": {}}, "bos_token_id is {}"),
     ("gpt2", {}, "model_type is 'gpt2'"),
     ("emu3", {}, "vocab_size is 40"),
     ("emu3", {k: None for k in SMALL}, "text_config is missing"),
@@ -100,6 +105,12 @@ def test_emu3_5_is_told_by_its_tensors() -> None:
     assert read("Emu3")[0].qk_norm == "none"
     config, _ = read("Emu3", (name,), **large)
     assert (config.qk_norm, config.head_size, config.width, config.heads) == ("rms", 16, 40, 8)
+
+
+def test_of_two_rope_settings_transformers_takes_the_older() -> None:
+    linear = {"type": "linear", "factor": 2.0}
+    scaling = read("llama", rope_scaling=linear, rope_parameters={"rope_type": "default"})[0].rope_scaling
+    assert (scaling.kind, scaling.factor) == ("linear", 2.0)
 
 
 def test_windows() -> None:
@@ -164,6 +175,7 @@ def test_architectures_that_nobody_has() -> None:
         with pytest.raises(PlaitError, match=message):
             model_type(small(**fields), "text")
     assert model_type(small(width=26, head_size=8), "text") == "mistral"  # transformers' Llama refuses 26 / 4
+    assert model_type(small(), "text", "mistral") == "mistral"
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.text_model.", "text_model.model.", "text_model.", ""])

@@ -158,3 +158,10 @@ def test_file_in_the_way_of_a_folder(tmp_path: Path, text_tokenizer: Any, visual
         for use in (make_folder, text_tokenizer.save_pretrained, visual_tokenizer.save_pretrained):
             with pytest.raises(PlaitError, match=f"{path}: cannot make this folder"):
                 use(path)
+
+
+def test_half_of_a_surrogate_pair_goes_through_json(tmp_path: Path) -> None:
+    content = {"a": "\ud800 Ü", "b": "plain"}
+    write_json(tmp_path / "a.json", content)
+    assert read_json(tmp_path / "a.json") == content
+    assert "Ü" in (tmp_path / "a.json").read_text("utf-8")

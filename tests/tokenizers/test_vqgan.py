@@ -18,7 +18,7 @@ from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, JanusVQVAE, Janus
 
 from plait.errors import PlaitError
 from plait.tokenizers import vqgan
-from plait.tokenizers.blocks import Downsample, SpatialNorm, Upsample
+from plait.tokenizers.blocks import Downsample, GroupNorm, SpatialNorm, Upsample
 from plait.tokenizers.foreign import Layout, convert, load_foreign
 from plait.tokenizers.vqgan import LAYOUTS, VQGANConfig, VQGANTokenizer
 
@@ -461,3 +461,9 @@ def test_a_wrong_config_is_refused(fields: dict[str, Any], message: str) -> None
     settings = {"multipliers": (1, 2), "attention_levels": ()} | fields
     with pytest.raises(PlaitError, match=f"^(vqgan|quantizer): {message}"):
         VQGANConfig(**settings)
+
+
+def test_one_value_in_each_group_is_normalised_too() -> None:
+    """A narrow network has that of a picture of one cell; nn.functional refuses it."""
+    norm = GroupNorm(32)
+    assert norm(torch.randn(1, 32, 1, 1)).abs().max() < 1e-3
