@@ -64,7 +64,8 @@ def read_parts(parts: Iterable[Any]) -> Iterator[tuple[str, Any]]:
         elif isinstance(part, Document):
             yield from read_parts(part.parts)
         else:
-            raise PlaitError(f"part: {type(part).__name__} is no str, Path, PIL image, Audio, Video or Document")
+            kinds = "str, Path, PIL image, Audio, Video or Document; ids are an int64 tensor"
+            raise PlaitError(f"part: {type(part).__name__} is no {kinds}")
 
 
 def read_file(path: Path) -> tuple[str, Any]:

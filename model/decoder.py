@@ -88,7 +88,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        positions: Tensor,
+        positions: Tensor | None = None,
         cache: KVCache | None = None,
         targets: Targets | None = None,
         z_loss: float = 0.0,
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens: int64 ``[B, T]``.
-            positions: int64 ``[B, T]``, from 0 in every document.
+            positions: int64 ``[B, T]``, from 0 in every document; by default each row is one document.
             cache: for generation; rows then hold one document each, and ``tokens`` are those from ``positions`` on.
             targets: for training.
             z_loss: weight of the z-loss.
@@ -105,6 +105,8 @@ class Decoder(nn.Module):
         Returns:
             logits ``[B, T, vocabulary_size]``, or with ``targets`` the `LossSums`.
         """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         hidden = self._hidden(tokens, positions, cache)
         out: Tensor | LossSums = self.lm_head(hidden) if targets is None else self.lm_head(hidden, targets, z_loss)
         return out

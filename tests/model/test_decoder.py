@@ -221,6 +221,13 @@ def test_dropout_is_on_in_training_only() -> None:
     assert not torch.equal(decoder(tokens, along(6)), decoder(tokens, along(6)))
 
 
+@torch.no_grad()
+def test_a_row_is_one_document_unless_positions_say_otherwise() -> None:
+    decoder = random_decoder(width=32, layers=2)
+    tokens = torch.randint(VOCABULARY, (2, 9))
+    assert torch.equal(decoder(tokens), decoder(tokens, torch.arange(9).repeat(2, 1)))
+
+
 def test_vocabulary_size_must_be_set() -> None:
     with pytest.raises(PlaitError, match="vocabulary_size is not set"):
         Decoder(DecoderConfig())
