@@ -17,7 +17,7 @@ from plait.model.cache import Cached, KVCache
 from plait.model.config import DecoderConfig
 from plait.model.loss import Head, LossSums, Targets
 from plait.model.norm import RMSNorm
-from plait.model.packing import find_documents
+from plait.model.packing import document_lengths, find_documents
 from plait.model.rope import Rotary, Table
 from plait.model.step import Step
 
@@ -132,11 +132,9 @@ class Decoder(nn.Module):
 
     def _hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
         place: Place
-        lengths = None
         if cache is None:
             place = find_documents(positions, self.config.sliding_window, self._attention_dropout)
-            if self.rotary.is_dynamic:
-                lengths = place.token_lengths(positions.shape)
+            lengths = document_lengths(positions) if self.rotary.is_dynamic else None
             table = self.rotary.table(positions, lengths)
         else:
             table, place = self._place(positions, cache)

@@ -38,34 +38,23 @@ class Packing:
         order: int64 ``[B·T]``, where each token is among the buckets' valid tokens, laid end to end; None when the
             documents lie in their order and all have ``length`` tokens, which needs no gathering.
         length: of the longest document.
-        starts: int64 ``[documents]``, index into ``B·T`` of each document's first token.
-        lengths: int64 ``[documents]``.
     """
 
     buckets: list[Bucket]
     order: Tensor | None
     length: int
-    starts: Tensor
-    lengths: Tensor
 
     @classmethod
     def of(cls, positions: Tensor) -> "Packing":
-        """Find the documents: one begins wherever a position is 0 (and at the start of every row)."""
-        document = number_documents(positions)
-        begins = torch.diff(document, dim=1, prepend=torch.zeros_like(document[:, :1])) > 0
-        starts = begins.flatten().nonzero().flatten()
-        lengths = torch.diff(starts, append=torch.tensor([positions.numel()], device=positions.device))
+        """Lay out the documents of ``positions`` ``[B, T]``."""
+        starts, lengths = lay_out(positions)
         longest = int(lengths.max())
         if int(lengths.min()) == longest:
-            return cls([], None, longest, starts, lengths)
+            return cls([], None, longest)
         sizes = 2 ** (lengths - 1).clamp_min(15).log2().floor().long()  # short ones all together
         buckets = [_bucket(starts[chosen], lengths[chosen]) for size in sizes.unique() for chosen in [sizes == size]]
         parts = [b.gather.flatten() if b.valid is None else b.gather[b.valid] for b in buckets]
-        return cls(buckets, torch.cat(parts).argsort(), longest, starts, lengths)
-
-    def token_lengths(self, shape: torch.Size) -> Tensor:
-        """How long each token's document is, int64 ``[B, T]``."""
-        return self.lengths.repeat_interleave(self.lengths).view(shape)
+        return cls(buckets, torch.cat(parts).argsort(), longest)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int, dropout: float) -> Tensor:
         """Causal attention within each document.
@@ -98,11 +87,9 @@ class FlexPacking:
 
     Attributes:
         mask: the blocks in which something is seen.
-        lengths: int64 ``[B, T]``, how long each token's document is.
     """
 
     mask: Any
-    lengths: Tensor
 
     @classmethod
     def of(cls, positions: Tensor, window: int) -> "FlexPacking":
@@ -117,11 +104,7 @@ class FlexPacking:
 
         rows, length = positions.shape
         mask = create_block_mask(sees, rows, None, length, length, device=str(positions.device))
-        return cls(mask, Packing.of(positions).token_lengths(positions.shape))
-
-    def token_lengths(self, shape: torch.Size) -> Tensor:
-        """As `Packing.token_lengths`."""
-        return self.lengths
+        return cls(mask)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int, dropout: float) -> Tensor:
         """As `Packing.attend`, but without dropout."""
@@ -137,11 +120,9 @@ class MaskPacking:
 
     Attributes:
         mask: bool ``[B, 1, T, T]``, which queries see which keys.
-        lengths: int64 ``[B, T]``, how long each token's document is.
     """
 
     mask: Tensor
-    lengths: Tensor
 
     @classmethod
     def of(cls, positions: Tensor, window: int) -> "MaskPacking":
@@ -151,11 +132,7 @@ class MaskPacking:
         step = torch.arange(positions.shape[1], device=positions.device)
         behind = step[:, None] - step
         seen = (behind >= 0) & (behind < window) if window else behind >= 0
-        return cls((same & seen)[:, None], same.sum(-1))
-
-    def token_lengths(self, shape: torch.Size) -> Tensor:
-        """As `Packing.token_lengths`."""
-        return self.lengths
+        return cls((same & seen)[:, None])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int, dropout: float) -> Tensor:
         """As `Packing.attend`."""
@@ -166,9 +143,27 @@ class MaskPacking:
 
 
 def number_documents(positions: Tensor) -> Tensor:
-    """Which of its row's documents each token belongs to, int64 ``[B, T]`` from 1."""
+    """Which of its row's documents each token belongs to, int64 ``[B, T]`` from 1.
+
+    A document begins wherever a position is 0, and at the start of every row.
+    """
     column = torch.arange(positions.shape[1], device=positions.device)
     return ((positions == 0) | (column == 0)).cumsum(1)
+
+
+def document_lengths(positions: Tensor) -> Tensor:
+    """How long the document of each token is, int64 ``[B, T]``."""
+    document = number_documents(positions)
+    counts = torch.zeros(len(positions), positions.shape[1] + 1, dtype=torch.int64, device=positions.device)
+    return counts.scatter_add(1, document, torch.ones_like(document)).gather(1, document)
+
+
+def lay_out(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in ``B·T`` each document starts and how long it is, both int64 ``[documents]``."""
+    document = number_documents(positions)
+    begins = torch.diff(document, dim=1, prepend=torch.zeros_like(document[:, :1])) > 0
+    starts = begins.flatten().nonzero().flatten()
+    return starts, torch.diff(starts, append=torch.tensor([positions.numel()], device=positions.device))
 
 
 @cache
