@@ -6,6 +6,7 @@ gradient where they lie and multiplied out at once; the backward pass only has t
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -157,7 +158,7 @@ def differentiate(logits: Tensor, tokens: Tensor, weights: Tensor, z_loss: float
     Returns:
         cross-entropy ``[n]`` and the same with z-loss, both without the weights.
     """
-    if logits.is_cuda and find_spec("liger_kernel"):
+    if logits.is_cuda and _has_liger():
         return differentiate_with_liger(logits, tokens, weights, z_loss)
     top = logits.amax(-1, keepdim=True)
     target = logits.sub_(top).gather(-1, tokens[:, None])
@@ -167,6 +168,11 @@ def differentiate(logits: Tensor, tokens: Tensor, weights: Tensor, z_loss: float
     logits.mul_((weights * (1 + 2 * z_loss * log_partition))[:, None] / total)
     logits.scatter_add_(-1, tokens[:, None], -weights[:, None])
     return entropy, entropy + z_loss * log_partition.square()
+
+
+@cache
+def _has_liger() -> bool:
+    return find_spec("liger_kernel") is not None
 
 
 def differentiate_with_liger(logits: Tensor, tokens: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from plait.infer.bundle import save_bundle
+from plait.model import native
 from plait.model.config import DecoderConfig
 from plait.model.decoder import Decoder
 from plait.tokenizers.loading import load_tokenizers
@@ -85,3 +86,13 @@ def plait() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
 
     return run
+
+
+@pytest.fixture(params=["native", "torch"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the native code, and as if it had not been built."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("the native code was not built")
+    return request.param

@@ -12,18 +12,7 @@ from safetensors.torch import load_file
 from plait.errors import PlaitError
 from plait.infer.bundle import load_bundle, save_bundle
 from plait.infer.pipeline import load
-from plait.model import native
 from plait.model.quantize import Quantization, quantize_
-
-
-@pytest.fixture(params=["native", "torch"])
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the native code, and as if it had not been built."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("the native code was not built")
-    return request.param
 
 
 def kept(bundle: Path, folder: Path, settings: Quantization) -> Path:

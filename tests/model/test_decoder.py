@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_decoders import VOCABULARY, random_decoder
 from torch import Tensor
 
 from plait.errors import PlaitError
@@ -11,21 +12,6 @@ from plait.model.config import DecoderConfig, RopeScaling
 from plait.model.decoder import Decoder
 from plait.model.loss import Targets
 from plait.model.packing import FlexPacking, MaskPacking, Packing, document_lengths, lay_out
-
-VOCABULARY = 97
-
-
-def random_decoder(seed: int = 0, **fields: Any) -> Decoder:
-    """Every weight is random, the norms' too, and large enough that every part shows in the logits."""
-    torch.manual_seed(seed)
-    decoder = Decoder(DecoderConfig(vocabulary_size=VOCABULARY, **fields)).eval()
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=0.2)
-    return decoder
 
 
 def along(*lengths: int) -> Tensor:

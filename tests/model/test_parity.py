@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from random_decoders import VOCABULARY, random_decoder
 from torch import Tensor, nn
 
-from plait.model.config import DecoderConfig, RopeScaling
+from plait.model.config import RopeScaling
 from plait.model.decoder import Decoder
 
-VOCABULARY = 97
 # config, without what every family shares: rows of embedding, layers, context
 SIZES = {
     "one head": {"width": 16, "heads": 1, "kv_heads": 1},
@@ -44,19 +44,6 @@ SCALINGS = [
          "high_freq_factor": 4.0},
     ),
 ]  # fmt: skip
-
-
-def random_decoder(**fields: Any) -> Decoder:
-    """Every weight is random, the norms' too, and large enough that every part shows in the logits."""
-    torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(vocabulary_size=VOCABULARY, layers=3, **fields)).eval()
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=0.2)
-    return decoder
 
 
 def theirs_of(decoder: Decoder, family: str, rope: dict[str, Any] | None = None) -> nn.Module:
@@ -119,18 +106,18 @@ def compare(decoder: Decoder, theirs: nn.Module, length: int = 70) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str, size: str, tied: bool) -> None:
-    decoder = random_decoder(**SIZES[size], **FAMILIES[family], tie_embeddings=tied)
+    decoder = random_decoder(layers=3, **SIZES[size], **FAMILIES[family], tie_embeddings=tied)
     compare(decoder, theirs_of(decoder, family))
 
 
 @pytest.mark.parametrize(("scaling", "rope"), SCALINGS, ids=lambda value: getattr(value, "kind", ""))
 @pytest.mark.parametrize("family", ["llama", "emu3", "qwen3", "chameleon"])
 def test_rope_scalings_equal_transformers(family: str, scaling: RopeScaling, rope: dict[str, Any]) -> None:
-    decoder = random_decoder(**SIZES["grouped"], **FAMILIES[family], rope_scaling=scaling)
+    decoder = random_decoder(layers=3, **SIZES["grouped"], **FAMILIES[family], rope_scaling=scaling)
     compare(decoder, theirs_of(decoder, family, rope))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_head_size_need_not_fit_the_width(family: str) -> None:
-    decoder = random_decoder(width=40, heads=8, kv_heads=2, head_size=16, **FAMILIES[family])
+    decoder = random_decoder(layers=3, width=40, heads=8, kv_heads=2, head_size=16, **FAMILIES[family])
     compare(decoder, theirs_of(decoder, family))

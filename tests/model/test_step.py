@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from plait.model import native
 from plait.model.cache import KVCache
 from plait.model.config import DecoderConfig, RopeScaling
 from plait.model.decoder import Decoder
 from plait.model.quantize import quantize_
 
 VOCABULARY = 60
+
+pytestmark = pytest.mark.usefixtures("kind")
 
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -23,16 +24,6 @@ CONFIGS: list[dict[str, Any]] = [
     {"head_size": 6, "width": 20, "rope_scaling": RopeScaling("yarn", factor=4.0, original_context=8)},
     {"rope_scaling": RopeScaling("dynamic", factor=2.0, original_context=4), "norm_eps": 0.1},
 ]
-
-
-@pytest.fixture(autouse=True, params=["native", "torch"])
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the native code, and as if it had not been built."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("the native code was not built")
-    return request.param
 
 
 def random_decoder(seed: int = 0, **fields: Any) -> Decoder:
